@@ -1,0 +1,35 @@
+"""udsstream: utility-diversity aware data selection for MosaicML Composer and Streaming.
+
+The public names are resolved on first use, so that `import udsstream` loads neither torch nor composer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from udsstream.config import SelectionConfig
+    from udsstream.mosaicml.algorithm import OnlineBatchSelection
+    from udsstream.mosaicml.dataset import UDSStreamingDataset
+    from udsstream.selection_log.reader import SelectionLog
+
+__version__ = "0.1.0"
+__all__ = ["OnlineBatchSelection", "SelectionConfig", "SelectionLog", "UDSStreamingDataset", "__version__"]
+
+_HOME = {
+    "OnlineBatchSelection": "udsstream.mosaicml.algorithm",
+    "SelectionConfig": "udsstream.config",
+    "SelectionLog": "udsstream.selection_log.reader",
+    "UDSStreamingDataset": "udsstream.mosaicml.dataset",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'udsstream' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The adapter to Composer and Streaming: the only folder that imports either."""
