@@ -1,0 +1,172 @@
+"""The settings of the selection: frozen, validated once, with a fingerprint. (The training job's are in `run_config.py`.)
+
+Knows neither torch nor Composer: times stay strings such as "10ba" here and are read by the adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from udsstream.errors import ConfigError
+
+Method = Literal["uds", "random"]
+Scope = Literal["global"]
+ProjectionScale = Literal["isometric", "reference"]
+LengthNorm = Literal["none", "sqrt", "tokens"]
+EmbeddingRecord = Literal["full", "tail", "none"]
+
+PUBLISHED_ALPHA = 1.5e-3
+"""The weight of `inter` in the authors' run script, in the units of `projection_scale="reference"`."""
+
+_TIME = re.compile(r"^(\d+)(ba|ep|sp|tok)$|^(0(\.\d+)?|1(\.0+)?)dur$")
+
+
+def convert_alpha(alpha: float, *, vocab_size: int, max_seq_len: int) -> float:
+    """The published weight α, stated for embeddings in the units of the published code, in those of the isometric projection.
+
+    The published transform is unnormalised, so its distances are √(T·V)/2 times longer (T: `max_seq_len`, V: `vocab_size`)
+    and its α as many times smaller: `α_isometric = α_published · √(T·V) / 2`.
+    """
+    return alpha * math.sqrt(max_seq_len * vocab_size) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """What decides which candidates are trained on.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range; the message lists every mistake, one per line.
+    """
+
+    method: Method = "uds"
+    """`uds` (arXiv 2510.16882), or `random`: the same number, drawn uniformly without replacement, as a baseline."""
+    keep: float | int = 0.25
+    """A float in (0, 1]: the fraction of the candidate batch that is kept (at least 1, halves rounded up). An int ≥ 1: how many."""
+    alpha: float | None = None
+    """Weight of `inter` in `score = intra + α · inter`. None: the published 1.5e-3, converted to the units of `projection_scale`."""
+    buffer_size: int = 1024
+    """M: how many of the last selected embeddings the memory holds."""
+    projection_dims: tuple[int, int] = (128, 8)
+    """(d1, d2): rows kept on the vocabulary side and on the token side; an embedding has d1·d2 components."""
+    max_seq_len: int = 2048
+    """T: the longest sample, in tokens, that can be scored; the token side of the projection is drawn for it."""
+    projection_scale: ProjectionScale = "isometric"
+    """`isometric` preserves norms in expectation; `reference` has the scaling (and the inflated distances) of the published code."""
+    length_norm: LengthNorm = "none"
+    """Divides `intra` and the embedding of an N-token sample by 1, √N or N."""
+    scope: Scope = "global"
+    """`global`: the best of the whole candidate batch."""
+    start: str = "0ba"
+    """Selection begins at this time: an integer with `ba`, `ep`, `sp` or `tok`, or a fraction of the run with `dur` ("0.1dur")."""
+    end: str | None = None
+    """Selection stops at this time (exclusive). None: never."""
+    interrupt: int = 0
+    """Every `interrupt`-th batch of an epoch is trained on whole. 0: none is."""
+    embeddings: EmbeddingRecord = "tail"
+    """Which embeddings the log keeps: all (`full`), those in the memory at each checkpoint (`tail`), or none."""
+    seed: int = 17
+    """Seed of the projection and of `method="random"`."""
+    score_microbatch_tokens: int = 16384
+    """Upper bound on rows × longest row, in tokens, of one scoring forward (a longer single sample goes alone)."""
+
+    def __post_init__(self) -> None:
+        mistakes = list(_mistakes(self))
+        if mistakes:
+            raise ConfigError("the selection's settings cannot be used:\n" + "\n".join(f"  {line}" for line in mistakes))
+        object.__setattr__(self, "projection_dims", tuple(self.projection_dims))
+
+    @property
+    def embedding_dim(self) -> int:
+        """d = d1·d2: the components of one embedding."""
+        return self.projection_dims[0] * self.projection_dims[1]
+
+    def resolved_alpha(self, vocab_size: int) -> float:
+        """α in the units of `projection_scale`, for a head with `vocab_size` rows."""
+        if self.alpha is not None:
+            return float(self.alpha)
+        if self.projection_scale == "reference":
+            return PUBLISHED_ALPHA
+        return convert_alpha(PUBLISHED_ALPHA, vocab_size=vocab_size, max_seq_len=self.max_seq_len)
+
+    def kept(self, candidates: int) -> int:
+        """K: how many of `candidates` are kept. A count larger than an incomplete last batch keeps all of it."""
+        if isinstance(self.keep, float):
+            return min(candidates, max(1, math.floor(self.keep * candidates + 0.5)))
+        return min(candidates, self.keep)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        return dataclasses.asdict(self) | {"projection_dims": list(self.projection_dims)}
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of every setting that can change a decision (so not of `embeddings`)."""
+        settings = self.as_dict()
+        del settings["embeddings"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each field whose value differs: the field, what it was, what it is."""
+    absent = "(absent)"
+    return [
+        f"{name}: was {old.get(name, absent)!r}, is {new.get(name, absent)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mistakes(config: SelectionConfig):
+    for name, allowed in (
+        ("method", Method),
+        ("scope", Scope),
+        ("projection_scale", ProjectionScale),
+        ("length_norm", LengthNorm),
+        ("embeddings", EmbeddingRecord),
+    ):
+        value = getattr(config, name)
+        if value not in get_args(allowed):
+            yield f"{name}: {value!r} is none of {', '.join(get_args(allowed))}"
+    for name, least in (
+        ("buffer_size", 1),
+        ("max_seq_len", 1),
+        ("interrupt", 0),
+        ("seed", 0),
+        ("score_microbatch_tokens", 1),
+    ):
+        value = getattr(config, name)
+        if not _is_int(value) or value < least:
+            yield f"{name}: {value!r} is not an integer of at least {least}"
+    if config.interrupt == 1:
+        yield "interrupt: 1 would train on every batch whole and select nothing; 0 selects always, 2 every other batch"
+    keep = config.keep
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            yield f"keep: the fraction {keep!r} is not in (0, 1]; a count is given as an integer of at least 1"
+    elif not _is_int(keep) or keep < 1:
+        yield f"keep: {keep!r} is neither a fraction in (0, 1] nor a count of at least 1"
+    alpha = config.alpha
+    if alpha is not None and (
+        isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0
+    ):
+        yield f"alpha: {alpha!r} is not a finite number of at least 0"
+    dims = config.projection_dims
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2 or not all(_is_int(d) and d >= 1 for d in dims):
+        yield f"projection_dims: {dims!r} is not a pair of positive integers (vocabulary side, token side)"
+    elif _is_int(config.max_seq_len) and dims[1] > config.max_seq_len:
+        yield f"projection_dims: {dims[1]} rows on the token side, but only max_seq_len={config.max_seq_len} tokens to draw them from"
+    for name in ("start", "end"):
+        value = getattr(config, name)
+        if value is None and name == "end":
+            continue
+        if not isinstance(value, str) or not _TIME.match(value):
+            yield f"{name}: {value!r} is not a time such as '10ba', '1ep', '5000sp', '1000000tok' or '0.1dur'"

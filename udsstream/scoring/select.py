@@ -1,0 +1,42 @@
+"""From scores to the kept candidates: a total order, so that the same scores give the same choice everywhere.
+
+    B candidates in canonical order (by their place in the global batch), K kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from udsstream.errors import ScoreError
+
+__all__ = ["check_finite", "combined_score", "top_k"]
+
+
+def combined_score(intra: Tensor, inter: Tensor, alpha: float) -> Tensor:
+    """`score = intra + α · inter` (arXiv 2510.16882): (B,) float32 from (B,) float32 each.
+
+    Summed in float64 on the host and rounded once, so that the score can be recomputed from the logged float32 `intra` and `inter`
+    to the last bit, in any language. Waits for the device once.
+    """
+    return (intra.cpu().double() + alpha * inter.cpu().double()).float()
+
+
+def check_finite(scores: Tensor, sample_ids: Sequence[int]) -> None:
+    """Raises ScoreError, naming the samples, when a score is NaN or infinite; scores (B,) on the host."""
+    bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
+    if bad:
+        named = ", ".join(f"{scores[i].item()} for sample {sample_ids[i]} (position {i})" for i in bad[:8])
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise ScoreError(
+            f"{len(bad)} of {len(scores)} scores are not finite: {named}{more}. The model's hidden states overflowed or are NaN: "
+            "look for a diverged loss, float16 without scaling, or a damaged checkpoint; nothing was selected at this step"
+        )
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """scores (B,), 1 ≤ k ≤ B → (k,) int64: places of the k largest, ascending. Of equal scores the smaller place is kept."""
+    best = torch.sort(scores, descending=True, stable=True).indices[:k]
+    return best.sort().values
