@@ -78,7 +78,9 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         mistakes = list(_mistakes(self))
         if mistakes:
-            raise ConfigError("the selection's settings cannot be used:\n" + "\n".join(f"  {line}" for line in mistakes))
+            raise ConfigError(
+                "the selection's settings cannot be used:\n" + "\n".join(f"  {line}" for line in mistakes)
+            )
         object.__setattr__(self, "projection_dims", tuple(self.projection_dims))
 
     @property

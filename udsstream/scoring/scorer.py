@@ -73,10 +73,7 @@ class CandidateScorer:
         factor_rows = (stacked @ factors.gram_factor.T).split(lengths)
         projected_rows = (stacked @ factors.projected.T).split(lengths)
         return self._collect(
-            [
-                (nuclear_norm(x), self._project_tokens(y))
-                for x, y in zip(factor_rows, projected_rows, strict=True)
-            ],
+            [(nuclear_norm(x), self._project_tokens(y)) for x, y in zip(factor_rows, projected_rows, strict=True)],
             lengths,
         )
 

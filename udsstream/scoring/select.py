@@ -1,6 +1,6 @@
 """From scores to the kept candidates: a total order, so that the same scores give the same choice everywhere.
 
-    B candidates in canonical order (by their place in the global batch), K kept
+B candidates in canonical order (by their place in the global batch), K kept
 """
 
 from __future__ import annotations
@@ -12,16 +12,7 @@ from torch import Tensor
 
 from udsstream.errors import ScoreError
 
-__all__ = ["check_finite", "combined_score", "top_k"]
-
-
-def combined_score(intra: Tensor, inter: Tensor, alpha: float) -> Tensor:
-    """`score = intra + α · inter` (arXiv 2510.16882): (B,) float32 from (B,) float32 each.
-
-    Summed in float64 on the host and rounded once, so that the score can be recomputed from the logged float32 `intra` and `inter`
-    to the last bit, in any language. Waits for the device once.
-    """
-    return (intra.cpu().double() + alpha * inter.cpu().double()).float()
+__all__ = ["check_finite", "top_k"]
 
 
 def check_finite(scores: Tensor, sample_ids: Sequence[int]) -> None:

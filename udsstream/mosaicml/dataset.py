@@ -1,0 +1,151 @@
+"""`UDSStreamingDataset`: a StreamingDataset whose samples know their ids and whose epochs cannot silently end early.
+
+Streaming 0.13 has three habits that a recorded run cannot live with (each reproduced; file and line are of that version):
+
+* nothing in a sample says which sample it is;
+* a shard that cannot be read ends the epoch early, without an exception (`dataset.py:1456`);
+* a checkpoint at an epoch boundary makes the resumed run repeat the finished epoch (`dataset.py:795` against Composer's `state.py:972`).
+
+What is not guarded here: with DataLoader workers a failed worker may hang instead of raising; give the DataLoader a `timeout`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from streaming import StreamingDataset
+from streaming.base.format import get_index_basename
+
+from udsstream.errors import DataError, ShardError
+
+__all__ = ["SampleLocation", "StreamIdentity", "UDSStreamingDataset", "locate", "stream_identities"]
+
+
+class UDSStreamingDataset(StreamingDataset):
+    """A `streaming.StreamingDataset` (same arguments) that adds `sample_id` to every sample and raises when a stream breaks off.
+
+    `sample_id` is the sample's index over all streams in their order, an int that stays the same between epochs, ranks and
+    resumptions. A subclass may return anything that is a mutable mapping from `__getitem__`: the id is put in if it is missing.
+
+    Raises (while iterating):
+        ShardError: a shard is missing, truncated or corrupt.
+        DataError: a sample is not a mutable mapping.
+    """
+
+    _yielding: int = -1
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """The sample with its `sample_id`."""
+        try:
+            sample = super().get_item(sample_id, retry)
+        except Exception as error:
+            raise self._shard_error(sample_id, error) from error
+        return _with_sample_id(sample, sample_id)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The samples of this epoch's partition; ends only when all of them came."""
+        for item in super().__iter__():
+            yield _with_sample_id(item, self._yielding)
+        event = getattr(self, "_event", None)
+        if event is not None and event.is_set():
+            raise ShardError(
+                f"the stream broke off in epoch {self.next_epoch - 1} after sample {self._yielding}: a shard could not be downloaded or "
+                "decompressed (the thread's traceback stands above). Streaming would have ended the epoch here without an error; "
+                f"check that every shard named in {get_index_basename()} is at its remote or local place and has its recorded size"
+            )
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        # Streaming maps __getitem__ over these one at a time, so the last id handed out belongs to the item in hand.
+        for sample_id in super()._each_sample_id(it):
+            self._yielding = int(sample_id)
+            yield sample_id
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Streaming's state, but at an epoch boundary it names the epoch to come instead of the finished one."""
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0 and self.next_epoch > 0:
+            state["epoch"] = self.next_epoch
+        return state
+
+    def _shard_error(self, sample_id: int, error: Exception) -> ShardError:
+        place = locate(self, [sample_id])
+        stream = self.streams[int(place.stream[0])]
+        shard = self.shards[int(self.shard_offset_per_stream[place.stream[0]] + place.shard[0])]
+        path = os.path.join(stream.local, stream.split, shard.file_pairs[0][0].basename)
+        return ShardError(
+            f"sample {sample_id} cannot be read: row {place.index[0]} of shard {path} ({type(error).__name__}: {error}). The shard is "
+            "missing, truncated or corrupt: fetch it again from its remote, or rebuild the stream"
+        )
+
+
+def _with_sample_id(sample: Any, sample_id: int) -> Any:
+    if not isinstance(sample, MutableMapping):
+        raise DataError(
+            f"sample {sample_id} is a {type(sample).__name__}, but must be a dict, so that 'sample_id' can travel with it to the log; "
+            "return a dict from __getitem__"
+        )
+    sample.setdefault("sample_id", int(sample_id))
+    return sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleLocation:
+    """Where samples lie: three int64 arrays of one length."""
+
+    stream: np.ndarray
+    """Place of the stream in the data set's list of streams."""
+    shard: np.ndarray
+    """Place of the shard in its stream's index."""
+    index: np.ndarray
+    """Place of the sample in its shard."""
+
+
+def locate(dataset: StreamingDataset, sample_ids: list[int] | np.ndarray) -> SampleLocation:
+    """Where each sample lies. Opens nothing."""
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    shard = np.searchsorted(dataset.sample_offset_per_shard, ids, side="right") - 1
+    stream = dataset.stream_per_shard[shard]
+    return SampleLocation(
+        stream=stream,
+        shard=shard - dataset.shard_offset_per_stream[stream],
+        index=ids - dataset.sample_offset_per_shard[shard],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamIdentity:
+    """What a log says of a stream, so that a later reader can tell whether it holds the same samples."""
+
+    name: str
+    location: str
+    """Where the stream was read from: its remote, or its local folder when it has none."""
+    samples: int
+    index_sha256: str
+    """SHA-256, in hexadecimal, of the stream's index file, which names every shard with its size, rows and hashes."""
+
+
+def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
+    """The identity of each stream, in order. Names are the last part of the path that tells the streams apart."""
+    locations = [
+        os.path.join(stream.remote or stream.local, stream.split or "").rstrip("/") for stream in dataset.streams
+    ]
+    basenames = [os.path.basename(location) for location in locations]
+    distinct = len(set(basenames)) == len(basenames)
+    identities = []
+    for number, stream in enumerate(dataset.streams):
+        with open(os.path.join(stream.local, stream.split or "", get_index_basename()), "rb") as index:
+            digest = hashlib.sha256(index.read()).hexdigest()
+        identities.append(
+            StreamIdentity(
+                name=basenames[number] if distinct else locations[number],
+                location=locations[number],
+                samples=int(dataset.samples_per_stream[number]),
+                index_sha256=digest,
+            )
+        )
+    return identities

@@ -1,0 +1,331 @@
+"""A model cut in two: the trunk, whose hidden states are scored, and the head, which is never run on them.
+
+    b rows of a scoring microbatch, N columns, D hidden width, V vocabulary
+
+The trunk is whatever runs before the head: the model is called as in training, and a hook on the head takes what was about to enter it
+and stops the call there. So no logits are made, and a model needs no particular structure but a head that is a module. (`trunk=` names
+a module to take the *output* of instead, for a head that is not called as a module.)
+
+That the head's formula (`udsstream/scoring/lm_head.py`) is what the model does with these hidden states is not assumed but checked, once,
+on one candidate, against the model's own logits: `choose_form`.
+
+What is not here: sharded parameters. The hook's early stop would leave FSDP's bookkeeping half done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from udsstream.errors import ModelError
+from udsstream.scoring.lm_head import LMHead
+
+__all__ = ["ModelParts", "ScoringForm", "choose_form", "neutral"]
+
+log = logging.getLogger(__name__)
+
+Form = Literal["hidden_space", "vocabulary_slices", "logits"]
+
+_CHECKED_TOKENS = 64
+"""Tokens of the one candidate that the self-check builds logits for."""
+
+
+class _ReachedHead(Exception):  # noqa: N818 (not an error: the way out of a forward that has done its work)
+    """Carries the hidden states out of the forward."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringForm:
+    """How candidates are scored with this model, and how well that agrees with the model's own logits."""
+
+    form: Form
+    scale: float = 1.0
+    softcap: float | None = None
+    relative_error: float | None = None
+    """Frobenius distance of the head's formula from the model's logits, relative to the logits. None: could not be compared."""
+
+    def __str__(self) -> str:
+        details = [f"logit scale {self.scale:g}"] if self.scale != 1.0 else []
+        details += [f"soft cap {self.softcap:g}"] if self.softcap is not None else []
+        if self.relative_error is None:
+            details.append("not compared with the model's logits")
+        else:
+            details.append(f"differs from the model's logits by {self.relative_error:.1e} relative")
+        return f"{self.form} ({', '.join(details)})"
+
+
+class ModelParts:
+    """A Composer model, its head, and the place where its hidden states are taken.
+
+    Args:
+        model: the unwrapped model (not DDP's wrapper): called as `model(batch)`.
+        head: dotted name of the head's module. None: the first `get_output_embeddings()` among the model's modules (Hugging Face).
+        trunk: dotted name of a module whose output holds the hidden states (B, N, D). None: the head's input is taken.
+
+    Raises:
+        ModelError: a named module does not exist, or no head is found.
+    """
+
+    def __init__(self, model: nn.Module, *, head: str | None = None, trunk: str | None = None) -> None:
+        self.model = model
+        self.head_module = _named_module(model, head, "head") if head is not None else _find_head(model)
+        self._trunk = _named_module(model, trunk, "trunk") if trunk is not None else None
+        self._config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of the head's weight."""
+        weight = getattr(_base_layer(self.head_module), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise ModelError(
+                f"the head is a {type(self.head_module).__name__} without a weight matrix (V, D), so its vocabulary size is unknown; "
+                "name the module that holds it with head="
+            )
+        return weight.shape[0]
+
+    def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
+        """The final hidden states (b, N, D) as they enter the head. Nothing after the trunk is computed.
+
+        Raises:
+            ModelError: the forward ended without passing the head.
+        """
+        try:
+            with self._hooked(stop=True):
+                self.model(self._without_cache(batch))
+        except _ReachedHead as reached:
+            return reached.hidden
+        raise ModelError(
+            f"the model's forward ended without calling its {'trunk' if self._trunk is not None else 'head'} "
+            f"({type(self._trunk or self.head_module).__name__}) as a module, so its hidden states could not be taken; name a module whose "
+            "output they are with trunk="
+        )
+
+    def hidden_states_and_logits(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Both from one whole forward; None for what it does not show."""
+        seen: list[Tensor] = []
+        with self._hooked(stop=False, seen=seen):
+            output = self.model(self._without_cache(batch))
+        return (seen[-1] if seen else None), _logits_of(output)
+
+    def head(self, form: ScoringForm) -> LMHead:
+        """The head's weight as it is now, adapters included.
+
+        Raises:
+            ModelError: the head is of a kind whose weight cannot be read as a matrix.
+        """
+        weight, bias = _weight_and_bias(self.head_module)
+        return LMHead(weight=weight, bias=bias, scale=form.scale, softcap=form.softcap)
+
+    def head_version(self) -> Hashable:
+        """Changes whenever the head's weight does; None when it trains, since not every optimizer announces its writes."""
+        parameters = [*self.head_module.parameters(), *self.head_module.buffers()]
+        if any(parameter.requires_grad for parameter in parameters):
+            return None
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+
+    def declared_scaling(self) -> list[tuple[float, float | None]]:
+        """(scale, soft cap) pairs to try, what the model's configuration declares first, none at all last."""
+        scales = [1.0]
+        logit_scale = getattr(self._config, "logit_scale", None)  # Cohere, MPT
+        if isinstance(logit_scale, (int, float)) and logit_scale:
+            scales.insert(0, float(logit_scale))
+        logits_scaling = getattr(self._config, "logits_scaling", None)  # Granite divides
+        if isinstance(logits_scaling, (int, float)) and logits_scaling:
+            scales.insert(0, 1.0 / float(logits_scaling))
+        cap = getattr(self._config, "final_logit_softcapping", None)  # Gemma 2
+        caps = [float(cap), None] if isinstance(cap, (int, float)) and cap else [None]
+        return list(dict.fromkeys((scale, cap) for scale in scales for cap in caps))
+
+    def _without_cache(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        # A Hugging Face model in eval mode fills a key-value cache that nobody reads, unless it is told not to.
+        accepts = getattr(self.model, "model_forward_args", ())
+        return {**batch, "use_cache": False} if "use_cache" in accepts else batch
+
+    @contextlib.contextmanager
+    def _hooked(self, *, stop: bool, seen: list[Tensor] | None = None) -> Iterator[None]:
+        def take(hidden: Tensor) -> None:
+            if seen is not None:
+                seen.append(hidden)
+            if stop:
+                raise _ReachedHead(hidden)
+
+        if self._trunk is not None:
+            handle = self._trunk.register_forward_hook(lambda _module, _args, output: take(_hidden_of(output)))
+        else:
+            handle = self.head_module.register_forward_pre_hook(
+                lambda _module, args, kwargs: take(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+            )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
+    """Finds out, on the first row of a right-padded batch, how this model's logits come from its hidden states.
+
+    Runs the model once on at most 64 tokens, with its head, and compares its logits with the head's formula: as the model's
+    configuration declares it (scale, soft cap), then plain. The first that agrees is taken; if none does, candidates are scored from the
+    model's own logits. A model whose logits cannot be seen is taken at its configuration's word, with a warning.
+
+    Raises:
+        ModelError: the head's weight cannot be read and the model shows no logits either.
+    """
+    real = int(batch["attention_mask"][0].sum())
+    n = min(real, _CHECKED_TOKENS)
+    width = batch["input_ids"].shape[1]
+    one = {
+        key: value[:1, :n] if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == width else value
+        for key, value in batch.items()
+    }
+    hidden, logits = parts.hidden_states_and_logits(one)
+    readable = True
+    try:
+        parts.head(ScoringForm(form="hidden_space"))
+    except ModelError as error:
+        if logits is None:
+            raise
+        log.warning("%s Candidates are scored from the model's own logits, N×V values each.", error)
+        readable = False
+    if logits is None:
+        scale, softcap = parts.declared_scaling()[0]
+        form = ScoringForm(
+            form="hidden_space" if softcap is None else "vocabulary_slices", scale=scale, softcap=softcap
+        )
+        log.warning(
+            "The model's forward returns no logits (B, N, V), so it could not be checked that they are what its head makes of its hidden "
+            "states. Scoring goes on as %s.",
+            form,
+        )
+        return form
+    best = float("inf")
+    if readable and hidden is not None:
+        half = logits.dtype in (torch.bfloat16, torch.float16) or hidden.dtype in (torch.bfloat16, torch.float16)
+        tolerance = 3e-2 if half else 2e-3  # 2e-3 leaves room for TF32
+        for scale, softcap in parts.declared_scaling():
+            trial = ScoringForm(
+                form="hidden_space" if softcap is None else "vocabulary_slices", scale=scale, softcap=softcap
+            )
+            formula = parts.head(trial).logits(hidden[0])
+            if formula.shape != logits[0].shape:
+                continue
+            error = float((formula - logits[0].float()).norm() / logits[0].float().norm().clamp_min(1e-30))
+            best = min(best, error)
+            if error <= tolerance:
+                return ScoringForm(form=trial.form, scale=scale, softcap=softcap, relative_error=error)
+        log.warning(
+            "The model's logits are not what its head makes of its hidden states (the closest formula differs by %.1e relative, allowed are "
+            "%.0e). Candidates are scored from the model's own logits, N×V values each; if the model's head is another module, name it "
+            "with head=.",
+            best,
+            tolerance,
+        )
+    return ScoringForm(form="logits", relative_error=0.0)
+
+
+@contextlib.contextmanager
+def neutral(model: nn.Module) -> Iterator[None]:
+    """Runs a block in eval mode, without gradients, and puts back every module's mode and every global generator's state."""
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        # Not model.train(): a user may keep some modules in eval mode for good.
+        for module, training in modes:
+            module.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _find_head(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            head = getter()
+            if isinstance(head, nn.Module):
+                return head
+    wide = sorted(
+        ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)),
+        key=lambda item: -item[1].out_features,
+    )
+    hints = ", ".join(f"{name} ({m.in_features} → {m.out_features})" for name, m in wide[:3]) or "none"
+    raise ModelError(
+        f"no language-model head was found in {type(model).__name__}: none of its modules has a get_output_embeddings() that returns a "
+        f"module. Name the head's module with head=; the widest nn.Linear modules are: {hints}"
+    )
+
+
+def _named_module(model: nn.Module, name: str, role: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(child for child, _ in model.named_children()) or "nothing"
+        raise ModelError(
+            f"{role}={name!r} names no module of {type(model).__name__}; at its top level it has {children}"
+        ) from None
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    base = _base_layer(module)
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if (
+        not isinstance(weight, Tensor)
+        or weight.ndim != 2
+        or not weight.is_floating_point()
+        or type(base) not in (nn.Linear, nn.Embedding)
+    ):
+        found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+        raise ModelError(
+            f"the head is a {type(base).__module__}.{type(base).__name__} ({found}), but only an nn.Linear or nn.Embedding with a "
+            "floating-point weight (V, D) can be scored in hidden space."
+        )
+    if base is not module:
+        if not hasattr(module, "get_delta_weight"):
+            raise ModelError(
+                f"the head is adapted by a {type(module).__name__}, whose effective weight cannot be read."
+            )
+        for adapter in getattr(module, "active_adapters", []):
+            if not getattr(module, "merged", False) and adapter in getattr(module, "lora_A", {}):
+                delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
+                weight = weight + delta.to(weight.dtype)
+    return weight, bias
+
+
+def _hidden_of(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "last_hidden_state" in output:
+        return output["last_hidden_state"]
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise ModelError(f"the trunk's output is a {type(output).__name__} in which no hidden states (B, N, D) were found")
+
+
+def _logits_of(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, (tuple, list)):
+        output = next((part for part in output if isinstance(part, Tensor) and part.ndim == 3), None)
+    return output if isinstance(output, Tensor) and output.ndim == 3 else None
