@@ -31,6 +31,7 @@ FORGETFUL = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 EXTRA_PROMPT = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+SHRINKING = "{% if messages[-1]['role'] == 'assistant' %}" + CHATML + "{% endif %}"  # nothing for an open question
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must begin with user') }}{% endif %}" + CHATML
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -241,11 +242,19 @@ def test_a_response_that_begins_with_white_space_keeps_it():
     assert learnt(item, CHAT) == "\n\n  cat <|im_end|>"
 
 
-@pytest.mark.parametrize(("template", "turns"), [(FORGETFUL, 5), (EXTRA_PROMPT, 3)])
+@pytest.mark.parametrize(("template", "turns"), [(FORGETFUL, 5), (FORGETFUL, 4), (EXTRA_PROMPT, 3), (SHRINKING, 5)])
 def test_a_template_that_does_not_only_append_is_refused(template, turns):
     messages = [dict(m, content="<think>hm</think>" + m["content"]) for m in TURNS[:turns]]
-    with pytest.raises(DataError, match=r"sample 7: the chat template renders .* message 2 differently once more .*"):
+    with pytest.raises(
+        DataError, match=r"sample 7: the chat template renders .* message [24] differently once more .*"
+    ):
         tokenize({"messages": messages, "sample_id": 7}, byte_level(template), max_seq_len=999)
+
+
+def test_a_template_without_special_end_token_teaches_its_line_feed():
+    tokenizer = byte_level("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+    item = tokenize({"messages": TURNS[1:3]}, tokenizer, max_seq_len=99)
+    assert learnt(item, tokenizer) == "assistant: sat\n"  # no generation prompt, so the header is part of the turn
 
 
 @pytest.mark.parametrize(
@@ -416,9 +425,9 @@ def test_truncation_is_visible_in_the_batch():
 def test_the_collator_is_deterministic_draws_nothing_and_leaves_rows_alone():
     collate = SFTCollator(tokenizer=CHAT, max_seq_len=99)
     rows = [dict(row) for row in ROWS]
-    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     first, second = collate(rows), pickle.loads(pickle.dumps(collate))(rows)  # noqa: S301
-    after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()  # noqa: NPY002
+    after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     assert before[:2] == after[:2]
     assert torch.equal(before[2], after[2])
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -157,7 +157,7 @@ class SFTCollator:
         _check_choices(format=self.format, loss_on=self.loss_on, overlong=self.overlong)
         if self.padding_side not in ("right", "left"):
             raise ConfigError(f"padding_side={self.padding_side!r} is unknown; it is one of 'right', 'left'")
-        if isinstance(self.max_seq_len, bool) or not isinstance(self.max_seq_len, int) or self.max_seq_len < 2:
+        if not isinstance(self.max_seq_len, int) or self.max_seq_len < 2:
             raise ConfigError(f"max_seq_len={self.max_seq_len!r} must be a whole number of tokens, at least 2")
         if self.format == "messages":
             _require_template(self.tokenizer)
