@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from streaming import StreamingDataset
 from streaming.base.format import get_index_basename
+from streaming.base.hashing import get_hash
 
 from udsstream.errors import DataError, ShardError
 
-__all__ = ["SampleLocation", "StreamIdentity", "UDSStreamingDataset", "locate", "stream_identities"]
+__all__ = ["SampleLocation", "StreamIdentity", "UDSStreamingDataset", "locate", "stream_identities", "verify_shards"]
 
 
 class UDSStreamingDataset(StreamingDataset):
@@ -149,3 +150,45 @@ def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
             )
         )
     return identities
+
+
+def verify_shards(dataset: StreamingDataset) -> int:
+    """Checks every shard that lies in its local folder, uncompressed, against the hashes in its stream's index.
+
+    Streaming itself never does so for a stream without a remote. Shards that are not there yet are left to Streaming's
+    `validate_hash`, which checks them as they are downloaded.
+
+    Returns:
+        How many shards were checked.
+
+    Raises:
+        ShardError: a shard has another hash than recorded, is missing although its stream has no remote to fetch it from, or its
+            stream was written without hashes.
+    """
+    checked = 0
+    for number, shard in enumerate(dataset.shards):
+        stream = dataset.streams[int(dataset.stream_per_shard[number])]
+        for raw, compressed in shard.file_pairs:
+            path = os.path.join(stream.local, stream.split or "", raw.basename)
+            if not os.path.exists(path):
+                if stream.remote is None and compressed is None:
+                    raise ShardError(
+                        f"shard {path} is missing and its stream has no remote to fetch it from; rebuild the stream"
+                    )
+                continue
+            if not raw.hashes:
+                raise ShardError(
+                    f"shard {path} cannot be verified: its stream was written without hashes; write it with "
+                    "MDSWriter(hashes=['sha1']), or leave verify_data off"
+                )
+            with open(path, "rb") as file:
+                content = file.read()
+            for algorithm, recorded in raw.hashes.items():
+                found = get_hash(algorithm, content)
+                if found != recorded:
+                    raise ShardError(
+                        f"shard {path} is corrupt: its {algorithm} is {found}, but the stream's index records {recorded}; "
+                        "fetch it again from its remote, or rebuild the stream"
+                    )
+            checked += 1
+    return checked

@@ -38,7 +38,7 @@ _CHECKED_TOKENS = 64
 """Tokens of the one candidate that the self-check builds logits for."""
 
 
-class _ReachedHead(Exception):  # noqa: N818 (not an error: the way out of a forward that has done its work)
+class _ReachedHead(Exception):
     """Carries the hidden states out of the forward."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -226,9 +226,9 @@ def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
             if error <= tolerance:
                 return ScoringForm(form=trial.form, scale=scale, softcap=softcap, relative_error=error)
         log.warning(
-            "The model's logits are not what its head makes of its hidden states (the closest formula differs by %.1e relative, allowed are "
-            "%.0e). Candidates are scored from the model's own logits, N×V values each; if the model's head is another module, name it "
-            "with head=.",
+            "The model's logits are not what its head makes of its hidden states (the closest formula differs by %.1e relative, "
+            "allowed are %.0e). Candidates are scored from the model's own logits, N×V values each; if the model's head is another "
+            "module, name it with head=.",
             best,
             tolerance,
         )

@@ -1,0 +1,349 @@
+"""A training job from its configuration: model, streams, selection and Composer's Trainer, and what is left in the run's folder.
+
+    save_folder/
+        config.yaml      the configuration, as validated
+        run.json, selection/, embeddings/, _state/, _heads/     the selection log
+        checkpoints/     Composer's
+        summary.json     written last: a run with it is finished
+
+What is not here: any choice about scores or batches (`udsstream/mosaicml`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec, Evaluator
+from composer.metrics.nlp import LanguageCrossEntropy
+from composer.models import HuggingFaceModel
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearWithWarmupScheduler,
+)
+from composer.utils import dist, reproducibility
+from omegaconf import OmegaConf
+from streaming import Stream
+from torch.utils.data import DataLoader
+
+from udsstream.errors import ConfigError, DataError, LogExistsError, ModelError, ResumeError
+from udsstream.mosaicml.algorithm import OnlineBatchSelection
+from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
+from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
+from udsstream.run_config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    config_changes,
+    load_run_config,
+)
+from udsstream.sft import SFTCollator, num_tokens
+
+__all__ = ["TrainingResult", "build_model", "build_trainer", "is_finished", "train"]
+
+_CONFIG = "config.yaml"
+_SUMMARY = "summary.json"
+_EVAL_METRIC = "LanguageCrossEntropy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run says of itself beside its log."""
+
+    save_folder: str
+    batches: int
+    eval_loss_before: float | None
+    """Nats per token on the held-out data, before the first step."""
+    eval_loss_after: float | None
+
+
+def train(config: RunConfig) -> TrainingResult:
+    """Trains, or goes on training, and writes the run's folder.
+
+    Raises:
+        LogExistsError: `save_folder` holds a run and `autoresume` is off.
+        ResumeError: `autoresume` is on, but the run there was made with another configuration.
+        UdsstreamError: see `udsstream.errors`.
+    """
+    folder = Path(config.save_folder)
+    _claim_folder(folder, config)
+    trainer = build_trainer(config)
+    try:
+        before = _initial_loss(trainer, config, folder)
+        trainer.fit()
+        result = TrainingResult(
+            save_folder=str(folder),
+            batches=trainer.state.timestamp.batch.value,
+            eval_loss_before=before,
+            eval_loss_after=_eval_loss(trainer) if config.eval is not None else None,
+        )
+    finally:
+        trainer.close()
+    _write_atomically(folder / _SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+    return result
+
+
+def is_finished(save_folder: Path) -> bool:
+    """Whether the run in this folder came to its end."""
+    return (save_folder / _SUMMARY).exists()
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """The Trainer of a run, with its checkpoint loaded if there is one to resume from."""
+    device = config.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    # Before any data set is made: Streaming would otherwise start torch.distributed in its own way, and now and then fail.
+    dist.initialize_dist(device)
+    reproducibility.seed_all(config.seed)
+    model = build_model(config.model)
+    folder = Path(config.save_folder)
+    algorithms = []
+    if config.selection is not None:
+        algorithms = [
+            OnlineBatchSelection(
+                **config.selection,
+                max_seq_len=config.max_seq_len,
+                log_dir=folder,
+                autoresume=config.autoresume,
+            )
+        ]
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    return Trainer(
+        model=model,
+        train_dataloader=_train_loader(config, model),
+        eval_dataloader=_evaluator(config.eval, config, model) if config.eval is not None else None,
+        eval_interval=config.eval.interval if config.eval is not None else 1,
+        optimizers=optimizer,
+        schedulers=_scheduler(config.scheduler),
+        max_duration=config.max_duration,
+        algorithms=algorithms + _clipping(config.gradient_clip_norm),
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+        device_train_microbatch_size=config.device_train_microbatch_size,
+        accumulate_train_batch_on_tokens=True,
+        run_name=folder.name,
+        save_folder=str(folder / "checkpoints"),
+        save_interval=config.save_interval,
+        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        save_overwrite=config.autoresume,
+        autoresume=config.autoresume,
+        load_path=config.load_path,
+        load_weights_only=True,
+        progress_bar=config.progress_bar,
+        auto_log_hparams=False,
+    )
+
+
+def build_model(config: ModelConfig) -> HuggingFaceModel:
+    """A Hugging Face causal language model for Composer, with LoRA if asked for, and the held-out loss as its metric.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.tokenizer or config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            torch_dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"model.name={config.name!r}: cannot be loaded as a causal language model with its tokenizer: {error}"
+        ) from error
+    lora = None
+    if config.lora is not None:
+        from peft import LoraConfig
+
+        lora = LoraConfig(
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+    return HuggingFaceModel(
+        model,
+        tokenizer,
+        metrics=None,  # training metrics would run every batch through the model once more
+        eval_metrics=[LanguageCrossEntropy(ignore_index=-100)],
+        use_logits=True,
+        peft_config=lora,
+    )
+
+
+def _claim_folder(folder: Path, config: RunConfig) -> None:
+    """Writes the configuration into a new run's folder, or checks that the run that is there is this one."""
+    recorded = folder / _CONFIG
+    if not recorded.exists():
+        if (folder / "run.json").exists():
+            raise LogExistsError(
+                f"{folder} holds the log of a run that was not started from a configuration; choose another save_folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(recorded, OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump()))))
+        return
+    if not config.autoresume:
+        raise LogExistsError(
+            f"{folder} already holds a run ({'finished' if is_finished(folder) else 'unfinished'}); "
+            "choose another save_folder, or go on with it: autoresume=true"
+        )
+    changes = config_changes(load_run_config(recorded), config)
+    if changes:
+        raise ResumeError(
+            f"the run in {folder} was started with another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nresume with the old values, or choose another save_folder"
+        )
+
+
+def _train_loader(config: RunConfig, model: HuggingFaceModel) -> DataSpec:
+    data = config.data
+    dataset = UDSStreamingDataset(
+        streams=_streams(data),
+        batch_size=data.batch_size,
+        shuffle=data.shuffle,
+        shuffle_seed=data.shuffle_seed,
+        num_canonical_nodes=data.num_canonical_nodes,
+        predownload=data.predownload,
+        cache_limit=data.cache_limit,
+        validate_hash=data.validate_hash,
+    )
+    if data.verify_data:
+        verify_shards(dataset)
+    loader = DataLoader(
+        dataset,
+        batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        timeout=data.timeout if data.num_workers else 0,
+        collate_fn=_collator(data, config.max_seq_len, model),
+    )
+    return DataSpec(loader, get_num_tokens_in_batch=num_tokens)
+
+
+def _evaluator(held_out: EvalConfig, config: RunConfig, model: HuggingFaceModel) -> Evaluator:
+    dataset = UDSStreamingDataset(
+        local=held_out.local,
+        remote=held_out.remote,
+        split=held_out.split,
+        batch_size=held_out.batch_size,
+        shuffle=False,
+    )
+    loader = DataLoader(
+        dataset, batch_size=held_out.batch_size, collate_fn=_collator(config.data, config.max_seq_len, model)
+    )
+    return Evaluator(
+        label="held_out",
+        dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens),
+        metric_names=[_EVAL_METRIC],
+        subset_num_batches=held_out.max_batches or -1,
+        eval_interval=held_out.interval,
+    )
+
+
+def _collator(data: DataConfig, max_seq_len: int, model: HuggingFaceModel) -> SFTCollator:
+    assert model.tokenizer is not None
+    return SFTCollator(
+        tokenizer=model.tokenizer,
+        max_seq_len=max_seq_len,
+        format=data.format,
+        prompt_key=data.prompt_key,
+        response_key=data.response_key,
+        messages_key=data.messages_key,
+        text_key=data.text_key,
+        loss_on=data.loss_on,
+        overlong=data.overlong,
+        padding_side=data.padding_side,
+    )
+
+
+def _streams(data: DataConfig) -> list[Stream]:
+    if data.streams_root is not None:
+        root = Path(data.streams_root)
+        folders = sorted(index.parent for index in root.glob("*/index.json"))
+        if not folders:
+            raise DataError(
+                f"data.streams_root: {root} {'has no sub-folder with an index.json' if root.is_dir() else 'is not a folder'}; "
+                "each stream is a folder that streaming.MDSWriter wrote"
+            )
+        return [Stream(local=str(folder)) for folder in folders]
+    for number, stream in enumerate(data.streams):
+        if stream.remote is None and not (Path(stream.local or "") / (stream.split or "") / "index.json").exists():
+            raise DataError(
+                f"data.streams.{number}.local: {stream.local} holds no index.json, so it is no MDS stream (and no remote is given "
+                "to fetch it from)"
+            )
+    return [Stream(**stream.model_dump(exclude_none=True)) for stream in data.streams]
+
+
+def _scheduler(config: SchedulerConfig) -> ComposerScheduler:
+    if config.name == "constant":
+        return ConstantWithWarmupScheduler(t_warmup=config.warmup)
+    kind = LinearWithWarmupScheduler if config.name == "linear" else CosineAnnealingWithWarmupScheduler
+    return kind(t_warmup=config.warmup, alpha_f=config.alpha_f)
+
+
+def _clipping(norm: float | None) -> list[Any]:
+    if norm is None:
+        return []
+    from composer.algorithms import GradientClipping
+
+    return [GradientClipping(clipping_type="norm", clipping_threshold=norm)]
+
+
+def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | None:
+    """The held-out loss before the first step: measured once, and remembered over interruptions."""
+    if config.eval is None:
+        return None
+    remembered = folder / "initial_eval.json"
+    if remembered.exists():
+        return json.loads(remembered.read_text())["loss"]
+    if trainer.state.timestamp.batch.value > 0:
+        return None
+    # Evaluating draws from the global generators (the DataLoader's seed); training must not depend on whether it was done.
+    before = gather_rng_state()
+    trainer.eval()
+    load_rng_state(before)
+    loss = _eval_loss(trainer)
+    _write_atomically(remembered, json.dumps({"loss": loss}) + "\n")
+    return loss
+
+
+def _eval_loss(trainer: Trainer) -> float:
+    return float(trainer.state.eval_metrics["held_out"][_EVAL_METRIC].compute())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
