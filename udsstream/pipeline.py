@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from streaming import Stream
 from torch.utils.data import DataLoader
 
-from udsstream.errors import ConfigError, DataError, LogExistsError, ModelError, ResumeError
+from udsstream.errors import DataError, LogExistsError, ModelError, ResumeError
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state

@@ -118,16 +118,26 @@ def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: 
     if as_json:
         print(json.dumps(table.to_pylist(), indent=2))
         return
-    columns = ["position", "sample_id", "stream", "tokens", "intra", "inter", "score", "selected", "train_order"]
+    headings = {
+        "position": "place",
+        "sample_id": "sample",
+        "stream": "stream",
+        "tokens": "tokens",
+        "intra": "intra",
+        "inter": "inter",
+        "score": "score",
+        "selected": "",
+        "train_order": "order",
+    }
     shown = Table(title=f"Step {step}, epoch {table['epoch'][0].as_py()}", title_justify="left")
-    for name in columns:
-        shown.add_column(name, justify="right")
+    for name, heading in headings.items():
+        shown.add_column(heading, justify="right", no_wrap=name != "stream")
     names = [stream["name"] for stream in log.run.get("streams", [])]
-    for row in table.select(columns).to_pylist():
+    for row in table.select(list(headings)).to_pylist():
         if row["stream"] is not None and row["stream"] < len(names):
             row["stream"] = names[row["stream"]]
         row["selected"] = "kept" if row["selected"] else ""
-        shown.add_row(*(_cell(row[name]) for name in columns))
+        shown.add_row(*(_cell(row[name]) for name in headings))
     (console or Console()).print(shown)
 
 

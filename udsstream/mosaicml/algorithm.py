@@ -14,17 +14,15 @@ What is not here: several ranks (refused with an error), and sharded parameters.
 from __future__ import annotations
 
 import logging
-import math
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Event, State, Time, TimeUnit, get_precision_context
+from composer.core import Algorithm, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from streaming import StreamingDataset
@@ -40,7 +38,7 @@ from udsstream.config import (
     SelectionConfig,
     config_difference,
 )
-from udsstream.errors import ConfigError, LogExistsError, ResumeError
+from udsstream.errors import ConfigError, ResumeError
 from udsstream.mosaicml.batch import (
     check_candidates,
     real_tokens,
@@ -49,19 +47,29 @@ from udsstream.mosaicml.batch import (
     take_rows,
     trim_padding,
 )
-from udsstream.mosaicml.dataset import StreamIdentity, locate, stream_identities
+from udsstream.mosaicml.dataset import StreamIdentity, stream_identities
+from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_run
+from udsstream.mosaicml.run_log import (
+    anchor,
+    begin_log,
+    check_same_projection,
+    check_streams,
+    former_memory,
+    reopen_log,
+)
+from udsstream.mosaicml.schedule import selects_now
 from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutral
 from udsstream.scoring import methods
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
+from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.scoring.projection import BilinearProjection
 from udsstream.scoring.scorer import CandidateScorer, CandidateScores
 from udsstream.scoring.select import check_finite, top_k
-from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
-__all__ = ["OnlineBatchSelection", "should_select"]
+__all__ = ["OnlineBatchSelection"]
 
 log = logging.getLogger(__name__)
 
@@ -69,67 +77,6 @@ STATE_VERSION = 1
 _ALARMING_CORRELATION = 0.9
 _CORRELATION_SAMPLES = 256
 """Candidates that must have been scored before the correlation of score and length is worth a warning."""
-
-
-def should_select(*, elapsed: float, batch_in_epoch: int, now: Mapping[TimeUnit, int], config: SelectionConfig) -> bool:
-    """Whether this step selects: between `start` and `end`, and not one of the `interrupt`-th batches of its epoch.
-
-    Args:
-        elapsed: fraction of the run that is done, for times in `dur`.
-        batch_in_epoch: place of this batch in its epoch, from 0.
-        now: batches, epochs, samples and tokens done.
-    """
-
-    def reached(timestring: str) -> bool:
-        point = Time.from_timestring(timestring)
-        return elapsed >= point.value if point.unit == TimeUnit.DURATION else now[TimeUnit(point.unit)] >= point.value
-
-    interrupted = config.interrupt > 0 and (batch_in_epoch + 1) % config.interrupt == 0
-    return reached(config.start) and not (config.end is not None and reached(config.end)) and not interrupted
-
-
-@dataclass
-class LengthCorrelation:
-    """Pearson correlation of score and length over all candidates scored, from running sums."""
-
-    count: int = 0
-    mean_score: float = 0.0
-    mean_length: float = 0.0
-    score_squares: float = 0.0
-    length_squares: float = 0.0
-    products: float = 0.0
-
-    def add(self, scores: Sequence[float], lengths: Sequence[int]) -> None:
-        """Takes in one step's candidates (Welford's update, so that large means cost no digits)."""
-        for score, length in zip(scores, lengths, strict=True):
-            self.count += 1
-            score_gap, length_gap = score - self.mean_score, length - self.mean_length
-            self.mean_score += score_gap / self.count
-            self.mean_length += length_gap / self.count
-            self.score_squares += score_gap * (score - self.mean_score)
-            self.length_squares += length_gap * (length - self.mean_length)
-            self.products += score_gap * (length - self.mean_length)
-
-    @property
-    def value(self) -> float | None:
-        """In [-1, 1]; None while it is undefined (fewer than two candidates, or all alike)."""
-        spread = math.sqrt(self.score_squares * self.length_squares)
-        return self.products / spread if spread > 0 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Decision:
-    """One step's candidates and what became of them; arrays of length B in canonical order."""
-
-    sample_ids: list[int]
-    lengths: list[int]
-    scores: Tensor | None
-    """(B,) float32 on the host; None: nothing was scored, all are trained on."""
-    intra: Tensor | None
-    inter: Tensor | None
-    embeddings: Tensor | None
-    kept: list[int]
-    """Places of the kept candidates, ascending: the order they are trained in."""
 
 
 class OnlineBatchSelection(Algorithm):
@@ -252,7 +199,7 @@ class OnlineBatchSelection(Algorithm):
         state["correlation"] = dict(vars(self._correlation))
         state["rng"] = gather_rng_state()
         if self._writer is not None:
-            state["log"] = {"run_id": self._run_id, **self._checkpoint_log()}
+            state["log"] = {"run_id": self._run_id, **anchor(self._writer, self._step, self._buffer)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
@@ -284,6 +231,11 @@ class OnlineBatchSelection(Algorithm):
         self._pending_rng = state["rng"]
         self._correlation = LengthCorrelation(**state["correlation"])
 
+    def close(self) -> None:
+        """Seals the log and gives its lock back. Happens by itself when the algorithm is dropped or the process ends."""
+        if self._writer is not None:
+            self._writer.close()
+
     # Events -----------------------------------------------------------------------------------------------------------
 
     def _on_init(self, state: State, logger: Logger) -> None:
@@ -313,10 +265,10 @@ class OnlineBatchSelection(Algorithm):
         if self._buffer is not None:  # a second fit() of the same run
             return
         self._check_batch_size(state)
+        config = self.config
         model = _unwrapped(state.model)
         self._parts = ModelParts(model, **self._module_names)
         vocab_size = self._parts.vocab_size
-        config = self.config
         projection = BilinearProjection.draw(
             vocab_size=vocab_size,
             max_seq_len=config.max_seq_len,
@@ -326,11 +278,14 @@ class OnlineBatchSelection(Algorithm):
         )
         self._scorer = CandidateScorer(projection, length_norm=config.length_norm)
         self._alpha = config.resolved_alpha(vocab_size)
+        self._step = state.timestamp.batch.value
         dataset = _streaming_dataset(state)
         self._streams = stream_identities(dataset) if dataset is not None else []
         device = next(model.parameters()).device
-        if self._loaded is not None:
-            self._check_streams(self._loaded["streams"])
+        if self._loaded is None:
+            self._buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=device)
+        else:
+            check_streams(self._loaded["streams"], self._streams)
             memory = self._loaded["memory"]
             self._buffer = EmbeddingBuffer.restore(
                 memory["rows"],
@@ -339,11 +294,7 @@ class OnlineBatchSelection(Algorithm):
                 capacity=config.buffer_size,
                 device=device,
             )
-        else:
-            self._buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=device)
-        self._step = state.timestamp.batch.value
-        if self.log_dir is not None:
-            self._open_log(state, model, vocab_size)
+        self._open_log(state, model, vocab_size)
         logger.log_hyperparameters(
             {f"selection/{name}": value for name, value in config.as_dict().items()}
             | {"selection/resolved_alpha": self._alpha}
@@ -353,11 +304,12 @@ class OnlineBatchSelection(Algorithm):
         self._restore_rng(state, logger)
         began = time.perf_counter()
         decision = self._decide(state)
-        if decision.scores is not None:
-            state.batch = trim_padding(take_rows(state.batch, decision.kept))
         self._remember(state, decision)
+        if decision.selected:
+            state.batch = trim_padding(take_rows(state.batch, decision.kept))
         self._step = state.timestamp.batch.value + 1
-        logger.log_metrics(self._metrics(decision, seconds=time.perf_counter() - began))
+        metrics = decision.metrics() | {"selection/seconds": time.perf_counter() - began}
+        logger.log_metrics(metrics | self._length_metric(decision))
 
     def _on_fit_end(self, state: State, logger: Logger) -> None:
         del state, logger
@@ -365,7 +317,7 @@ class OnlineBatchSelection(Algorithm):
             self._writer.seal()
 
     def _restore_rng(self, state: State, logger: Logger) -> None:
-        """Puts the random state of the checkpoint back at the first of: a new epoch, a batch, the end of an epoch that had none left.
+        """Puts the checkpoint's random state back at the first of: a new epoch, a batch, the end of an epoch that had none left.
 
         Not earlier: making the data loader's iterator draws from the global generator, and in the run that was interrupted in the
         middle of an epoch that draw lay before the state was saved.
@@ -377,35 +329,16 @@ class OnlineBatchSelection(Algorithm):
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def _decide(self, state: State) -> _Decision:
+    def _decide(self, state: State) -> Decision:
         """Which of the candidates in `state.batch` are kept, and why. Changes nothing."""
-        batch = state.batch
-        ids = sample_ids_of(batch)
-        mask = real_tokens(batch)
-        lengths = check_candidates(batch, mask, ids, self.config.max_seq_len)
-        timestamp = state.timestamp
-        if not should_select(
-            elapsed=_elapsed(state),
-            batch_in_epoch=timestamp.batch_in_epoch.value,
-            now={
-                TimeUnit.BATCH: timestamp.batch.value,
-                TimeUnit.EPOCH: timestamp.epoch.value,
-                TimeUnit.SAMPLE: timestamp.sample.value,
-                TimeUnit.TOKEN: timestamp.token.value,
-            },
-            config=self.config,
-        ):
-            return _Decision(
-                sample_ids=ids,
-                lengths=lengths,
-                scores=None,
-                intra=None,
-                inter=None,
-                embeddings=None,
-                kept=list(range(len(ids))),
-            )
+        ids = sample_ids_of(state.batch)
+        mask = real_tokens(state.batch)
+        lengths = check_candidates(state.batch, mask, ids, self.config.max_seq_len)
+        if not selects_now(state, self.config):
+            return Decision(sample_ids=ids, lengths=lengths, kept=list(range(len(ids))))
         intra = inter = embeddings = None
         if self.config.method == "random":
+            timestamp = state.timestamp
             scores = methods.random(
                 len(ids),
                 seed=self.config.seed,
@@ -420,15 +353,14 @@ class OnlineBatchSelection(Algorithm):
             inter = self._buffer.mean_distance(embeddings).cpu()
             scores = methods.uds(intra, inter, self._alpha)
         check_finite(scores, ids)
-        kept = top_k(scores, self.config.kept(len(ids))).tolist()
-        return _Decision(
+        return Decision(
             sample_ids=ids,
             lengths=lengths,
+            kept=top_k(scores, self.config.kept(len(ids))).tolist(),
             scores=scores,
             intra=intra,
             inter=inter,
             embeddings=embeddings,
-            kept=kept,
         )
 
     def _score(self, state: State, mask: Tensor, lengths: list[int]) -> CandidateScores:
@@ -467,81 +399,53 @@ class OnlineBatchSelection(Algorithm):
         assert logits is not None, "choose_form takes the logits form only for a model that shows its logits"
         return logits
 
-    def _remember(self, state: State, decision: _Decision) -> None:
-        """Adds the kept embeddings to the memory and the decision to the log."""
+    def _remember(self, state: State, decision: Decision) -> None:
+        """Adds the decision to the log, and the kept embeddings to the memory."""
         assert self._buffer is not None
-        step = state.timestamp.batch.value
+        step, timestamp = state.timestamp.batch.value, state.timestamp
+        if self._writer is not None:
+            self._writer.append(
+                step,
+                decision.columns(
+                    epoch=timestamp.epoch.value,
+                    sample_in_epoch=timestamp.sample_in_epoch.value,
+                    dataset=_streaming_dataset(state),
+                ),
+            )
+        embeddings = decision.kept_embeddings()
+        if embeddings is not None:
+            self._push(
+                step,
+                embeddings,
+                positions=np.array(decision.kept, dtype=np.int32),
+                sample_ids=np.array(decision.sample_ids, dtype=np.int64)[decision.kept],
+            )
+
+    def _push(self, step: int, embeddings: Tensor, *, positions: np.ndarray, sample_ids: np.ndarray) -> None:
+        """Adds embeddings (k, d) on the host to the memory and, with the memory's new digest, to the log."""
+        assert self._buffer is not None
         push_index = self._buffer.pushed
-        kept_embeddings = decision.embeddings[decision.kept].float().cpu() if decision.embeddings is not None else None
-        if kept_embeddings is not None:
-            self._buffer.push(kept_embeddings)
-        if self._writer is None:
-            return
-        self._writer.append(step, self._columns(state, decision))
-        if kept_embeddings is not None:
+        self._buffer.push(embeddings)
+        if self._writer is not None:
             self._writer.push(
                 step,
-                positions=np.array(decision.kept, dtype=np.int32),
-                sample_ids=np.array([decision.sample_ids[row] for row in decision.kept], dtype=np.int64),
+                positions=positions,
+                sample_ids=sample_ids,
                 push_index=push_index,
-                embeddings=kept_embeddings.numpy(),
+                embeddings=embeddings.numpy(),
                 digest=self._buffer.digest,
             )
 
-    def _columns(self, state: State, decision: _Decision) -> dict[str, np.ndarray]:
-        """The decision as the log's columns."""
-        count = len(decision.sample_ids)
-        selected = np.zeros(count, dtype=bool)
-        selected[decision.kept] = True
-        train_order = np.ma.masked_all(count, dtype=np.int32)
-        train_order[decision.kept] = np.arange(len(decision.kept), dtype=np.int32)
-        positions = np.arange(count, dtype=np.int32)
-        columns: dict[str, np.ndarray] = {
-            "epoch": np.full(count, state.timestamp.epoch.value, dtype=np.int32),
-            "position": positions,
-            "epoch_position": state.timestamp.sample_in_epoch.value + positions.astype(np.int64),
-            "sample_id": np.array(decision.sample_ids, dtype=np.int64),
-            "tokens": np.array(decision.lengths, dtype=np.int32),
-            "selected": selected,
-            "train_order": train_order,
-        }
-        dataset = _streaming_dataset(state)
-        if dataset is not None:
-            place = locate(dataset, decision.sample_ids)
-            columns["stream"] = place.stream.astype(np.int16)
-            columns["shard"] = place.shard.astype(np.int32)
-            columns["shard_index"] = place.index.astype(np.int32)
-        for name, values in (("intra", decision.intra), ("inter", decision.inter), ("score", decision.scores)):
-            if values is not None:
-                columns[name] = values.numpy().astype(np.float32, copy=False)
-        return columns
-
-    def _metrics(self, decision: _Decision, *, seconds: float) -> dict[str, float]:
-        candidate_tokens = sum(decision.lengths)
-        kept_tokens = sum(decision.lengths[row] for row in decision.kept)
-        metrics = {
-            "selection/candidates": float(len(decision.sample_ids)),
-            "selection/kept": float(len(decision.kept)),
-            "selection/candidate_tokens": float(candidate_tokens),
-            "selection/kept_tokens": float(kept_tokens),
-            "selection/seconds": seconds,
-        }
-        if decision.scores is not None:
-            scores = decision.scores.tolist()
-            metrics["selection/score_mean"] = sum(scores) / len(scores)
-            metrics["selection/score_kept_mean"] = sum(scores[row] for row in decision.kept) / len(decision.kept)
-            self._correlation.add(scores, decision.lengths)
-            correlation = self._correlation.value
-            if correlation is not None:
-                metrics["selection/score_length_correlation"] = correlation
-                self._warn_of_length(correlation)
-        if decision.inter is not None:
-            metrics["selection/inter_mean"] = float(decision.inter.mean())
-        return metrics
-
-    def _warn_of_length(self, correlation: float) -> None:
-        alarming = self._correlation.count >= _CORRELATION_SAMPLES and abs(correlation) > _ALARMING_CORRELATION
-        if alarming and not self._warned_of_length:
+    def _length_metric(self, decision: Decision) -> dict[str, float]:
+        """The running correlation of score and length; says so, once, when selection has become a matter of length."""
+        if decision.scores is None:
+            return {}
+        self._correlation.add(decision.scores.tolist(), decision.lengths)
+        correlation = self._correlation.value
+        if correlation is None:
+            return {}
+        enough = self._correlation.count >= _CORRELATION_SAMPLES
+        if enough and abs(correlation) > _ALARMING_CORRELATION and not self._warned_of_length:
             self._warned_of_length = True
             log.warning(
                 "Scores and lengths correlate by %.2f over %d candidates: this selection is close to taking the %s samples. "
@@ -550,94 +454,54 @@ class OnlineBatchSelection(Algorithm):
                 self._correlation.count,
                 "longest" if correlation > 0 else "shortest",
             )
+        return {"selection/score_length_correlation": correlation}
 
     # The log ----------------------------------------------------------------------------------------------------------
 
     def _open_log(self, state: State, model: nn.Module, vocab_size: int) -> None:
-        assert self.log_dir is not None
+        """Opens the log, new or the one to go on with, and fills a new run's memory from a former run's if asked to."""
         assert self._buffer is not None
-        rank, world_size = dist.get_global_rank(), dist.get_world_size()
-        resumed = None if self._loaded is None else self._loaded.get("log")
-        begun = (self.log_dir / "run.json").exists()
-        if self._loaded is not None and resumed is None:
+        config = self.config
+        anchored = None if self._loaded is None else self._loaded.get("log")
+        if self._loaded is not None and (anchored is None) != (self.log_dir is None):
             raise ResumeError(
-                f"the checkpoint was saved by a run without a log, but log_dir is {self.log_dir}: its first {self._step} steps would be "
-                "missing there. Resume with log_dir=None"
+                f"the checkpoint was saved by a run {'without' if anchored is None else 'with'} a log, but log_dir is {self.log_dir}: the "
+                f"record would have a gap. Resume with {'log_dir=None' if anchored is None else 'the log_dir that the run had'}"
             )
-        if resumed is not None and not begun:
-            raise ResumeError(
-                f"the checkpoint belongs to the log of run {resumed['run_id']}, but there is no log in {self.log_dir}; "
-                "give the log_dir that the run had"
+        begun = self.log_dir is not None and (self.log_dir / "run.json").exists()
+        if self.log_dir is not None and (anchored is not None or (begun and self.autoresume)):
+            self._writer, self._run_id = reopen_log(
+                self.log_dir, anchored=anchored, step=self._step, config=config, streams=self._streams
             )
-        if resumed is None and not (begun and self.autoresume):
-            memory = self._begin_warm()
+        memory = origin = None
+        if self.warm_start is not None and self._loaded is None:
+            check_same_projection(self.warm_start, config, vocab_size)
+            memory, origin = former_memory(self.warm_start, config.embedding_dim)
+        if self.log_dir is not None and self._writer is None:
             description = describe_run(
-                config=self.config,
+                config=config,
                 alpha=self._alpha,
                 vocab_size=vocab_size,
                 model=model,
                 streams=self._streams,
-                world_size=world_size,
+                world_size=dist.get_world_size(),
                 train_seed=state.rank_zero_seed,
-                warm_start=memory,
+                warm_start=origin,
             )
             self._run_id = description["run_id"]
-            writer = SelectionLogWriter.create(
-                self.log_dir,
-                run=description,
-                rank=rank,
-                world_size=world_size,
-                embeddings=self.config.embeddings,
-                embedding_dim=self.config.embedding_dim,
+            self._writer = begin_log(self.log_dir, description, config)
+        if self._writer is not None:
+            # Composer has no event at which an algorithm is closed for good.
+            weakref.finalize(self, self._writer.close)
+        if memory is not None:
+            count = min(len(memory.embeddings), config.buffer_size)
+            rows = torch.from_numpy(np.array(memory.embeddings[-count:], dtype=np.float32))
+            self._push(
+                -1,
+                rows,
+                positions=np.full(count, -1, dtype=np.int32),
+                sample_ids=np.full(count, -1, dtype=np.int64),
             )
-        else:
-            run = SelectionLog.open(self.log_dir).run
-            self._run_id = run["run_id"]
-            self._check_same_run(run, resumed)
-            writer = SelectionLogWriter.resume(
-                self.log_dir,
-                step=self._step,
-                head=resumed["heads"][rank] if resumed is not None else None,
-                rank=rank,
-                world_size=world_size,
-            )
-        self._writer = writer
-        weakref.finalize(self, writer.close)
-
-    def _check_same_run(self, run: Mapping[str, Any], resumed: Mapping[str, Any] | None) -> None:
-        if resumed is not None and run["run_id"] != resumed["run_id"]:
-            raise LogExistsError(
-                f"{self.log_dir} holds the log of run {run['run_id']}, but the checkpoint belongs to run {resumed['run_id']}; "
-                "give the log_dir that the run had"
-            )
-        changed = config_difference(run["selection"], self.config.as_dict())
-        if changed:
-            raise ResumeError(
-                f"{self.log_dir} holds a run with other selection settings:\n  "
-                + "\n  ".join(changed)
-                + "\nresume with the old values, or give the new run a log_dir of its own"
-            )
-        self._check_streams([[stream["name"], stream["index_sha256"]] for stream in run["streams"]])
-
-    def _begin_warm(self) -> dict[str, Any] | None:
-        """Fills the memory from a former run's log; what run.json says of it."""
-        if self.warm_start is None:
-            return None
-        raise ConfigError("warm_start is not there yet")
-
-    def _checkpoint_log(self) -> dict[str, Any]:
-        """Makes everything logged so far durable on every rank, and anchors it: the ranks' chain heads and their Merkle root."""
-        assert self._writer is not None
-        assert self._buffer is not None
-        heads = list(dist.all_gather_object(self._writer.sync()))
-        root = self._writer.checkpoint(
-            self._step,
-            heads=heads,
-            buffer=self._buffer.oldest_first().cpu().numpy(),
-            pushed=self._buffer.pushed,
-            buffer_digest=self._buffer.digest,
-        )
-        return {"heads": heads, "merkle_root": root}
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
@@ -652,32 +516,9 @@ class OnlineBatchSelection(Algorithm):
                 f"choose at most {candidates}, a fraction, or a larger batch"
             )
 
-    def _check_streams(self, recorded: Sequence[Sequence[str]]) -> None:
-        """Raises ResumeError when the streams are not those that the run was recorded with."""
-        found = [[stream.name, stream.index_sha256] for stream in self._streams]
-        if [list(stream) for stream in recorded] == found:
-            return
-        lines = [
-            f"stream {number}: was {old[0]} (index {old[1][:12]}…), is {new[0]} (index {new[1][:12]}…)"
-            for number, (old, new) in enumerate(zip(recorded, found, strict=False))
-            if list(old) != new
-        ]
-        if len(recorded) != len(found):
-            lines.append(f"number of streams: was {len(recorded)}, is {len(found)}")
-        raise ResumeError(
-            "the data set is not the one that this run was recorded with, so its sample ids would name other samples:\n  "
-            + "\n  ".join(lines)
-            + "\ngive the same streams in the same order, or start a new run"
-        )
-
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _elapsed(state: State) -> float:
-    elapsed = state.get_elapsed_duration()
-    return float(elapsed.value) if elapsed is not None else 0.0
 
 
 def _streaming_dataset(state: State) -> StreamingDataset | None:
