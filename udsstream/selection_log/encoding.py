@@ -10,6 +10,7 @@ Legend: n rows of a batch, d numbers of an embedding.
 from __future__ import annotations
 
 import itertools
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Column:
     dtype: np.dtype | None  # of one number; None for booleans and for fixed-size binary
     width: int  # bytes of one value; 0 for booleans, which take a bit
     dim: int  # numbers per value: d for embeddings, else 1
+    is_list: bool
 
     @staticmethod
     def of(field: pa.Field) -> Column:
@@ -53,11 +55,15 @@ class Column:
         else:
             dtype = np.dtype(kind.to_pandas_dtype())
             width = dtype.itemsize * dim
-        return Column(name=field.name, type=field.type, nullable=field.nullable, dtype=dtype, width=width, dim=dim)
-
-    @property
-    def is_list(self) -> bool:
-        return pa.types.is_fixed_size_list(self.type)
+        return Column(
+            name=field.name,
+            type=field.type,
+            nullable=field.nullable,
+            dtype=dtype,
+            width=width,
+            dim=dim,
+            is_list=pa.types.is_fixed_size_list(field.type),
+        )
 
     @property
     def type_text(self) -> str:
@@ -115,7 +121,9 @@ def _bits(flags: np.ndarray) -> bytes:
     return np.packbits(flags, bitorder="little").tobytes()
 
 
+@functools.lru_cache(maxsize=64)
 def ones(rows: int) -> bytes:
+    """The validity bits of `rows` values that are all there."""
     whole, rest = divmod(rows, 8)
     return b"\xff" * whole + (bytes([(1 << rest) - 1]) if rest else b"")
 
@@ -162,7 +170,8 @@ class TableCodec:
                 array, validity, values = self._absent(column, rows)
             elif isinstance(given, int):
                 assert column.dtype is not None
-                array, validity, values = self._build(column, rows, np.full(rows, given, column.dtype).tobytes(), None)
+                value = given.to_bytes(column.width, "little", signed=True)
+                array, validity, values = self._build(column, rows, value * rows, None)
             else:
                 array, validity, values = self._from_numpy(column, given, rows)
             arrays.append(array)
@@ -208,7 +217,7 @@ class TableCodec:
                 raise ConfigError(f"column {column.name!r} needs {rows} values of {column.width} bytes")
             return self._build(column, rows, data, valid)
         values = np.asarray(given)
-        shape = (rows,) if column.dim == 1 and not column.is_list else (rows, column.dim)
+        shape = (rows, column.dim) if column.is_list else (rows,)
         if values.shape != shape:
             raise ConfigError(
                 f"column {column.name!r} of {self.table!r} has shape {values.shape}, expected {shape}: "

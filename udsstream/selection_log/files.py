@@ -23,6 +23,7 @@ __all__ = [
     "read_small",
     "replace_file",
     "sync_dir",
+    "write_error",
     "write_errors",
 ]
 
@@ -36,17 +37,22 @@ _REMEDY = {
 }
 
 
+def write_error(what: str, where: Path, error: OSError) -> LogWriteError:
+    """The error that says what could not be written, where, and what to do."""
+    remedy = _REMEDY.get(error.errno or 0, "Check the disk and the permissions")
+    return LogWriteError(
+        f"cannot {what}: {where}: {error.strerror or error}. {remedy}, then resume from the last checkpoint; "
+        "nothing that was acknowledged before is lost."
+    )
+
+
 @contextmanager
 def write_errors(what: str, where: Path) -> Iterator[None]:
-    """Turn an OSError within the block into a LogWriteError that says what, where and what to do."""
+    """Turn an OSError within the block into `write_error`."""
     try:
         yield
     except OSError as error:
-        remedy = _REMEDY.get(error.errno or 0, "Check the disk and the permissions")
-        raise LogWriteError(
-            f"cannot {what}: {where}: {error.strerror or error}. {remedy}, then resume from the last checkpoint; "
-            "nothing that was acknowledged before is lost."
-        ) from error
+        raise write_error(what, where, error) from error
 
 
 def append_all(fd: int, data: bytes | memoryview) -> None:

@@ -14,7 +14,7 @@ from udsstream.errors import LogError
 from udsstream.selection_log import layout
 from udsstream.selection_log.digest import batch_link
 from udsstream.selection_log.encoding import TableCodec, schema_message
-from udsstream.selection_log.files import append_all, sync_dir, write_errors
+from udsstream.selection_log.files import append_all, sync_dir, write_error, write_errors
 from udsstream.selection_log.sealing import MARK_BYTES, Pending
 from udsstream.selection_log.wal import FileIdentity
 
@@ -48,11 +48,6 @@ class Journal:
         self._fd: int | None = None
         self._open()
 
-    @property
-    def path(self) -> Path:
-        """The live write-ahead file."""
-        return layout.wal_path(self._root, self.codec.table, self._rank, self._segment)
-
     def _open(self) -> None:
         self._identity = FileIdentity(
             table=self.codec.table,
@@ -62,6 +57,7 @@ class Journal:
             prev=self.head,
             run_sha256=self._run_sha256,
         )
+        self.path = layout.wal_path(self._root, self.codec.table, self._rank, self._segment)
         self._rows = self._batches = 0
         self._first_step = self._last_step = 0
         self._marks = bytearray()
@@ -90,8 +86,10 @@ class Journal:
         )
         link = batch_link(self.head, content)
         message = self.codec.message(batch, link)
-        with write_errors(f"record step {step}", self.path):
+        try:
             append_all(self._fd, message)
+        except OSError as error:
+            raise write_error(f"record step {step}", self.path, error) from error
         self.head = link
         self._dirty = True
         self._size += len(message)

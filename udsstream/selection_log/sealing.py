@@ -28,6 +28,7 @@ MARKS_KEY = b"marks"
 MARK_BYTES = 3  # of each step's link: enough to name the step at which a changed segment leaves its chain
 
 _BATCH_ROWS = 1 << 16
+_ZSTD_LEVEL = 6  # 3% smaller than the default level for twice the time, off the training thread
 _BATCH_BYTES = 64 << 20
 # A segment that unpacks to more than this is no record of decisions but a decompression bomb.
 _UNPACKED_PER_BYTE, _UNPACKED_FREE = 4096, 16 << 20
@@ -74,7 +75,7 @@ def segment_bytes(wal: memoryview, pending: Pending, codec: TableCodec) -> bytes
     marks = base64.b64encode(pending.marks).decode()
     schema = pending.identity.schema(codec)
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", _ZSTD_LEVEL), use_threads=False)
     with pa.ipc.new_file(sink, schema, options=options) as writer:
         for i, batch in enumerate(table.to_batches(max_chunksize=rows)):
             writer.write_batch(batch.cast(schema), custom_metadata={MARKS_KEY: marks} if i == 0 else None)
