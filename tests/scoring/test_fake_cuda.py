@@ -1,0 +1,105 @@
+"""The CUDA path without a GPU: under FakeTensorMode mixed devices raise, and so does any hidden wait for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from udsstream.scoring.embedding_buffer import EmbeddingBuffer
+from udsstream.scoring.lm_head import HeadFactors, LMHead
+from udsstream.scoring.projection import BilinearProjection
+from udsstream.scoring.scorer import CandidateScorer
+
+V, D, LENGTHS = 507, 64, (33, 1, 100)
+
+
+@pytest.fixture
+def scorer():
+    return CandidateScorer(
+        BilinearProjection.draw(vocab_size=V, max_seq_len=128, dims=(16, 4), scale="isometric", seed=1)
+    )
+
+
+class IndexWithoutDriver(TorchFunctionMode):
+    """`x[a:b]` written in Python selects the CUDA device first, fake or not; the same through operators does not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.__getitem__ or args[0].device.type != "cuda":
+            return func(*args, **(kwargs or {}))
+        tensor, index = args
+        dim = 0
+        for item in index if isinstance(index, tuple) else (index,):
+            if isinstance(item, slice):
+                tensor = torch.ops.aten.slice(tensor, dim, item.start, item.stop, item.step or 1)
+                dim += 1
+            elif item is None:
+                tensor = tensor.unsqueeze(dim)
+                dim += 1
+            elif isinstance(item, int):
+                tensor = tensor.select(dim, item)
+            else:
+                assert dim == 0 and not isinstance(index, tuple)
+                tensor = torch.ops.aten.index(tensor, [item])
+        return tensor
+
+
+@pytest.fixture
+def cuda():
+    with FakeTensorMode(allow_non_fake_inputs=False), IndexWithoutDriver():
+        yield torch.device("cuda")
+
+
+def hidden_states(cuda):
+    return [torch.randn(n, D, device=cuda, dtype=torch.bfloat16) for n in LENGTHS]
+
+
+def finish(scores, cuda):
+    """Distance and shapes; everything stays where it is."""
+    buffer = EmbeddingBuffer(rows=torch.empty(32, 64, device=cuda), pushed=40)
+    inter = buffer.mean_distance(scores.embeddings)
+    assert {scores.intra.device.type, scores.embeddings.device.type, inter.device.type} == {"cuda"}
+    assert scores.intra.shape == inter.shape == (3,)
+    assert scores.embeddings.shape == (3, 64)
+    assert buffer.oldest_first().device.type == "cuda"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_step_in_hidden_space_neither_mixes_devices_nor_waits(scorer, cuda, bias):
+    width = D + bias
+    head = LMHead(
+        weight=torch.randn(V, D, device=cuda, dtype=torch.bfloat16), bias=torch.randn(V, device=cuda) if bias else None
+    )
+    scorer._factors = HeadFactors(
+        gram_factor=torch.randn(width, width, device=cuda), projected=torch.randn(16, width, device=cuda)
+    )
+    scorer._version = "frozen"
+    finish(scorer.score_hidden(hidden_states(cuda), head, version="frozen"), cuda)
+
+
+def test_factoring_a_wide_head_waits_once_as_its_docstring_says(scorer, cuda):
+    head = LMHead(weight=torch.randn(V, D, device=cuda))
+    with pytest.raises((DataDependentOutputException, RuntimeError)) as raised:
+        scorer.score_hidden(hidden_states(cuda), head)
+    assert "_square_root" in [entry.name for entry in raised.traceback]
+
+
+def test_factoring_a_narrow_head_does_not_wait(cuda):
+    scorer = CandidateScorer(
+        BilinearProjection.draw(vocab_size=50, max_seq_len=128, dims=(16, 4), scale="isometric", seed=1)
+    )
+    finish(scorer.score_hidden(hidden_states(cuda), LMHead(weight=torch.randn(50, D, device=cuda))), cuda)
+
+
+def test_the_other_forms_neither_mix_devices_nor_wait(scorer, cuda):
+    head = LMHead(weight=torch.randn(V, D, device=cuda), softcap=30.0)
+    finish(scorer.score_hidden(hidden_states(cuda), head), cuda)
+    finish(scorer.score_logits([torch.randn(n, V, device=cuda, dtype=torch.bfloat16) for n in LENGTHS]), cuda)
+
+
+def test_the_check_can_fail(cuda):
+    with pytest.raises(RuntimeError, match="device"):
+        torch.randn(3, 3, device=cuda) @ torch.randn(3, 3)
+    with pytest.raises(DataDependentOutputException):
+        torch.randn(3, device=cuda).sum().item()
