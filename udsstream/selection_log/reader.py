@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from udsstream.errors import ConfigError, LogCorruptError, LogError
 from udsstream.selection_log import layout, parquet, verification
@@ -26,6 +25,9 @@ from udsstream.selection_log.schema import PUSHES, SELECTION
 from udsstream.selection_log.sealing import open_segment
 from udsstream.selection_log.state import JournalState, Lineage, lineage, read_state
 from udsstream.selection_log.verification import VerifyReport
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 __all__ = ["Memory", "SelectionLog", "VerifyReport"]
 
@@ -103,6 +105,8 @@ class SelectionLog:
 
     def _dataset(self, name: str, *, all_attempts: bool = False, steps: tuple[int, int] | None = None) -> ds.Dataset:
         """`steps`: only files that may hold a step between these two are needed."""
+        import pyarrow.dataset as ds  # here, because it loads pandas where that is installed
+
         codec = self._codec(name)
         states = self._states(name)
         for state in states:

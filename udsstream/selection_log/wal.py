@@ -101,8 +101,7 @@ def frame_digest(data: memoryview, frame: Frame, batch: RecordBatchFrame, codec:
             offset, length = batch.buffers[at].tolist()
             start = frame.body + offset
             pieces.append(data[start : start + (batch.rows + 7) // 8] if length else ones(batch.rows))
-        at += 2 if column.is_list else 0
-        at += 1
+        at += 2 if column.is_list else 1  # an embedding's numbers have validity bits of their own, never used
         start = frame.body + int(batch.buffers[at, 0])
         pieces.append(data[start : start + column.value_bytes(batch.rows)])
         at += 1

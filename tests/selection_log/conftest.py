@@ -1,0 +1,14 @@
+"""Shortens the reader's wait for a live writer, so that tests of thousands of broken files take seconds."""
+
+from __future__ import annotations
+
+import pytest
+
+from udsstream.selection_log import state, verification
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(state, "_PAUSE", 0.0)
+        monkeypatch.setattr(verification, "_SETTLE_SECONDS", 0.0)
