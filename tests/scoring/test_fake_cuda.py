@@ -40,7 +40,7 @@ class IndexWithoutDriver(TorchFunctionMode):
             elif isinstance(item, int):
                 tensor = tensor.select(dim, item)
             else:
-                assert dim == 0 and not isinstance(index, tuple)
+                assert not isinstance(index, tuple)
                 tensor = torch.ops.aten.index(tensor, [item])
         return tensor
 
