@@ -86,12 +86,14 @@ class TinyRun:
     workers: int = 0
     dropout: float = 0.1
     batch_size: int = 8
+    lr: float = 1e-2
     selection: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     """Settings of OnlineBatchSelection over the tiny defaults; None: train without it."""
     log: bool = True
 
     def trainer(self, **overrides: Any) -> Trainer:
         """Builds the Trainer; `overrides` go to it as they are."""
+        torch.set_num_threads(1)  # matrices this small only wait for the second thread
         dist.initialize_dist("cpu")
         reproducibility.seed_all(5)
         model = llama(dropout=self.dropout, lora=self.lora, tie=self.tie)
@@ -125,7 +127,7 @@ class TinyRun:
         settings = {
             "model": model,
             "train_dataloader": loader,
-            "optimizers": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2),
+            "optimizers": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr),
             "max_duration": self.duration,
             "algorithms": algorithms,
             "device": "cpu",
@@ -141,7 +143,10 @@ class TinyRun:
     def run(self) -> dict[str, torch.Tensor]:
         """Trains to the end; the trainable weights."""
         trainer = self.trainer()
-        trainer.fit()
+        if (
+            trainer.state.timestamp < self.duration
+        ):  # else it was killed after its last checkpoint; Composer would refuse
+            trainer.fit()
         weights = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters() if p.requires_grad}
         trainer.close()
         for algorithm in trainer.state.algorithms:
@@ -151,6 +156,5 @@ class TinyRun:
 
     def run_and_save(self) -> None:
         """Trains to the end in a process of its own; the weights go to `weights.pt`."""
-        torch.set_num_threads(1)
         weights = self.run()
         torch.save(weights, Path(self.folder) / "weights.pt")

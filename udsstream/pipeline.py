@@ -79,7 +79,10 @@ def train(config: RunConfig) -> TrainingResult:
     trainer = build_trainer(config)
     try:
         before = _initial_loss(trainer, config, folder)
-        trainer.fit()
+        if trainer.state.timestamp < config.max_duration:
+            trainer.fit()
+        elif config.eval is not None:  # it was interrupted between its last checkpoint and its summary
+            trainer.eval()
         result = TrainingResult(
             save_folder=str(folder),
             batches=trainer.state.timestamp.batch.value,
@@ -134,7 +137,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         seed=config.seed,
         device=device,
         precision=config.precision,
-        device_train_microbatch_size=config.device_train_microbatch_size,
+        device_train_microbatch_size=config.device_train_microbatch_size or _kept_per_step(config),
         accumulate_train_batch_on_tokens=True,
         run_name=folder.name,
         save_folder=str(folder / "checkpoints"),
@@ -310,6 +313,11 @@ def _clipping(norm: float | None) -> list[Any]:
     from composer.algorithms import GradientClipping
 
     return [GradientClipping(clipping_type="norm", clipping_threshold=norm)]
+
+
+def _kept_per_step(config: RunConfig) -> int:
+    """All that is trained on at once. Left to itself, Composer would take the candidates' number and warn of smaller batches."""
+    return config.selection_config().kept(config.data.batch_size) if config.selection is not None else config.data.batch_size
 
 
 def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | None:

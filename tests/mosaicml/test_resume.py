@@ -74,9 +74,10 @@ def test_killed_anywhere_and_resumed_it_is_the_same_run(streams, processes, tmp_
     Path(reference.folder).mkdir()
     seconds = finish(processes, reference)
     moments = random.Random(len(kind))
-    killed = 0
+    killed = trials = 0
     while killed < kills:
-        run = dataclasses.replace(reference, folder=str(tmp_path / f"killed-{killed}"))
+        trials += 1
+        run = dataclasses.replace(reference, folder=str(tmp_path / f"killed-{trials}"))
         Path(run.folder).mkdir()
         # Up to three kills of one run before it may finish.
         for _ in range(moments.randint(1, 3)):
