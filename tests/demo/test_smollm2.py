@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from udsstream.demo import smollm2
+from udsstream.demo import smollm2, stdlib_docstrings
 from udsstream.errors import ConfigError
 from udsstream.sft import IGNORED, SFTCollator, tokenize
 
@@ -158,7 +158,7 @@ def test_the_tokenizer_is_the_published_one(tokenizer):
     )
     assert tokenizer.padding_side == "right"
     assert tokenizer("Hello world")["input_ids"] == [19556, 905]  # no bos
-    assert tokenizer.convert_ids_to_tokens(tokenizer("x 123")["input_ids"]) == ["x", "Ġ", "1", "2", "3"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("x  12")["input_ids"]) == ["x", "ĠĠ", "1", "2"]  # not Ġ, Ġ, 1, 2
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert rendered.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n")
     assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
@@ -180,6 +180,13 @@ def test_pairs_and_conversations_bear_loss_on_answers(tokenizer):
     assert tokenizer.decode([t for t in item["labels"] if t != IGNORED]) == "日本 12 🐍<|im_end|>" * 3
     batch = SFTCollator(tokenizer=tokenizer, max_seq_len=99)([row, row | {"response": "🐍 " * 9, "sample_id": 1}])
     assert (batch["labels"] == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]  # pad is eos, and bears no loss
+
+
+@needs_model
+@pytest.mark.slow
+def test_every_pair_of_the_demo_fits_512_tokens(tokenizer):
+    for pair in stdlib_docstrings.pairs():
+        tokenize({"prompt": pair.prompt, "response": pair.response}, tokenizer, max_seq_len=512)
 
 
 @needs_model

@@ -123,11 +123,13 @@ def test_functions_are_found_wherever_a_statement_can_stand(tmp_path):
     assert found["f.<locals>.g"][0].startswith(HEAD.format("function"))
 
 
-@pytest.mark.parametrize("source", ["def f(): 'One line.'\n", "def f():\n    'Two on a line.'; return 0\n"])
+@pytest.mark.parametrize(
+    "source", ["def f(): 'One line.'\n", "def f():\n    'Zwei, für 日本.'; return 0\n", "def é(): 'é'\n"]
+)
 def test_a_docstring_that_shares_its_line_is_left_out_and_counted(tmp_path, source):
     skipped: list[Skipped] = []
     assert list(pairs(root=library(tmp_path, m=source), limits=WIDE, skipped=skipped)) == []
-    assert skipped == [Skipped(module="m", qualname="f", reason="a docstring shares its line with code")]
+    assert [(s.module, s.reason) for s in skipped] == [("m", "a docstring shares its line with code")]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,7 @@ def test_a_docstring_that_shares_its_line_is_left_out_and_counted(tmp_path, sour
         ("\ufeffdef f():\n    'naïve 日本'\n    return 0\n", "naïve 日本"),
         ("# -*- coding: latin-1 -*-\ndef f():\n    'naïve'\n    return 0\n".encode("latin-1"), "naïve"),
         ("def f():\r\n    '''one\r\n\r\n    two'''\r\n    return 0\r\n", "one\n\ntwo"),
+        ("def f():\r    '''one\r\r    two'''\r    return 0\r", "one\n\ntwo"),
         ("x = 1\n\f\ndef f():\n    'after a form feed'\n    return 0\n", "after a form feed"),
         ("x = 'a\x1cb\x85\u2028'\ndef f():\n    'after odd separators'\n    return 0\n", "after odd separators"),
         ("def f():\n\n    # said\n    'a' 'b'\n    return 0\n", "ab"),
@@ -189,9 +192,10 @@ def test_unreadable_files_are_skipped_and_reported(tmp_path):
         nul="x = 1\0\n",
         deep="x = " + "(" * 5000 + ")" * 5000 + "\n",
     )
+    (root / "gone.py").symlink_to(root / "nowhere.py")
     skipped: list[Skipped] = []
     assert [p.module for p in pairs(root=root, limits=WIDE, skipped=skipped)] == ["good"]
-    assert [entry.module for entry in skipped] == ["bytes_", "deep", "nul", "syntax", "unknown"]
+    assert [entry.module for entry in skipped] == ["bytes_", "deep", "gone", "nul", "syntax", "unknown"]
     assert all(entry.qualname == "" and "Error" in entry.reason for entry in skipped)
     assert str(tmp_path) not in "".join(entry.reason for entry in skipped)
 

@@ -8,8 +8,9 @@ Owns reading the sources (never importing them), making pairs of them and writin
 
 A pair's prompt is the source of a function, method, class or module without any docstring in it (the nested ones go too,
 or a class in the training set would hold the answers for its held-out methods); its response is the docstring that the
-source had. Both are kept within a few hundred characters, so that a pair fits the 256 tokens that a small model on two
-cores can afford: see `Limits`. Left out: tests, installed packages, pairs that occur twice (the second time).
+source had. Both are kept within a few hundred characters (`Limits`): with SmolLM2's chat template all pairs of Python
+3.10 to 3.13 have at most 483 tokens and 93% at most 256, half of them at most 120. Left out: tests, installed packages,
+pairs that occur twice (the second time).
 
 The same Python gives the same bytes. Another Python gives another data set: figures made with it are not comparable.
 The text is the Python Software Foundation's (PSF licence); it is read on the user's machine and not redistributed.
@@ -67,13 +68,13 @@ class DocstringPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which pairs are worth having, in characters (about 3.3 of this text make one SmolLM2 token)."""
+    """Which pairs are worth having, in characters (4 of this text make one SmolLM2 token)."""
 
     max_prompt_chars: int = 900
-    """Above it, the source is too long for the demo's sequence length."""
+    """Above it, the source is too long for a small model on two cores."""
     min_response_chars: int = 20
     """Below it, the docstring hardly says anything."""
-    max_response_chars: int = 600
+    max_response_chars: int = 500
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -239,8 +240,8 @@ def _without_docstrings(
             continue
         assert statement.end_lineno is not None
         assert statement.end_col_offset is not None
+        indent = lines[number - 1][: statement.col_offset]
         # The parser counts columns in UTF-8 bytes.
-        indent = lines[number - 1].encode()[: statement.col_offset].decode()
         rest = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :].decode().strip()
         if indent.strip() or (rest and not rest.startswith("#")):
             return None
