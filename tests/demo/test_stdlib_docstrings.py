@@ -346,7 +346,9 @@ def test_an_impossible_number_to_hold_out(small, tmp_path, held_out):
 
 
 def test_too_many_to_hold_out(small, tmp_path):
-    with pytest.raises(ConfigError, match=r"held_out=5000 of \d+ pairs is too much: \d+ have a response of their own"):
+    with pytest.raises(
+        ConfigError, match=r"held_out=5000 of \d+ pairs is too much: \d+ share neither source nor docstring"
+    ):
         ensure(tmp_path / "out", root=small, held_out=5000)
     assert not (tmp_path / "out").exists()
 
@@ -357,19 +359,17 @@ def test_nothing_held_out(small, tmp_path):
     assert not (tmp_path / "out" / "held_out").exists()
 
 
-def pair(package: str, i: int, response: str | None = None) -> DocstringPair:
+def pair(package: str, i: int, response: str | None = None, prompt: str | None = None) -> DocstringPair:
+    name = f"{package} {i}"
     return DocstringPair(
-        package=package,
-        module=package,
-        qualname=f"f{i}",
-        prompt=f"{package} {i}",
-        response=response or f"{package} {i}",
+        package=package, module=package, qualname=f"f{i}", prompt=prompt or name, response=response or name
     )
 
 
-def test_held_out_pairs_are_spread_and_share_no_response():
+def test_held_out_pairs_are_spread_and_share_nothing():
     every = [pair("big", i) for i in range(100)] + [pair("tiny", i) for i in range(7)]
     every += [pair("same", i, "the same words") for i in range(50)]
+    every += [pair("source", i, None, "the same source") for i in range(50)]
     assert sd._choose_held_out(every, 10) == {5, 15, 25, 35, 45, 55, 65, 75, 85, 95}
     assert len(sd._choose_held_out(every, 50)) == 50
     with pytest.raises(ConfigError, match=r"half of these \(50\) is the most"):

@@ -275,8 +275,8 @@ def _reason_to_leave_out(prompt: str | None, response: str, limits: Limits) -> s
 def build(out: Path, *, held_out: int = 64, root: Path | None = None, limits: Limits | None = None) -> BuildReport:
     """Writes the data set into the folder `out`, which must be empty or absent, without a marker; a few seconds.
 
-    `held_out` pairs, spread evenly, are kept from training: only such as no other pair shares its response with, and
-    only from packages with enough pairs. Raises `ConfigError` when there are not that many.
+    `held_out` pairs, spread evenly, are kept from training: only such as share neither source nor docstring with
+    another, and only from packages with enough pairs. Raises `ConfigError` when there are not that many.
     """
     from streaming import MDSWriter
 
@@ -335,18 +335,19 @@ def _choose_held_out(every: Sequence[DocstringPair], count: int) -> set[int]:
     """Indices of `count` pairs at equal distances among those that may be held out."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ConfigError(f"held_out={count!r} must be a whole number of pairs, at least 0")
-    responses = Counter(pair.response for pair in every)
+    prompts, responses = Counter(pair.prompt for pair in every), Counter(pair.response for pair in every)
     packages = Counter(pair.package for pair in every)
     able = [
         i
         for i, pair in enumerate(every)
-        if responses[pair.response] == 1 and packages[pair.package] >= _SMALLEST_PACKAGE_TO_HOLD_OUT_FROM
+        if prompts[pair.prompt] == responses[pair.response] == 1
+        and packages[pair.package] >= _SMALLEST_PACKAGE_TO_HOLD_OUT_FROM
     ]
     # At most every second one, so that no stream is emptied.
     if count > len(able) // 2:
         raise ConfigError(
-            f"held_out={count} of {len(every)} pairs is too much: {len(able)} have a response of their own and come from "
-            f"packages of {_SMALLEST_PACKAGE_TO_HOLD_OUT_FROM} pairs or more, and half of these ({len(able) // 2}) is "
+            f"held_out={count} of {len(every)} pairs is too much: {len(able)} share neither source nor docstring with "
+            f"another and come from packages of {_SMALLEST_PACKAGE_TO_HOLD_OUT_FROM} pairs or more, and half of these ({len(able) // 2}) is "
             "the most that can be held out"
         )
     return {able[(2 * k + 1) * len(able) // (2 * count)] for k in range(count)}
