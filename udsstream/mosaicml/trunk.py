@@ -133,7 +133,9 @@ class ModelParts:
         parameters = [*self.head_module.parameters(), *self.head_module.buffers()]
         if any(parameter.requires_grad for parameter in parameters):
             return None
-        return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        adapters = (_active_adapters(self.head_module), dict(getattr(self.head_module, "scaling", {})))
+        return weights, repr(adapters)
 
     def declared_scaling(self) -> list[tuple[float, float | None]]:
         """(scale, soft cap) pairs to try, what the model's configuration declares first, none at all last."""
@@ -304,11 +306,17 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             raise ModelError(
                 f"the head is adapted by a {type(module).__name__}, whose effective weight cannot be read."
             )
-        for adapter in getattr(module, "active_adapters", []):
-            if not getattr(module, "merged", False) and adapter in getattr(module, "lora_A", {}):
-                delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
-                weight = weight + delta.to(weight.dtype)
+        for adapter in _active_adapters(module):
+            delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
+            weight = weight + delta.to(weight.dtype)
     return weight, bias
+
+
+def _active_adapters(module: nn.Module) -> list[str]:
+    """peft's adapters that this layer adds to its base layer's output now: none while they are merged into it or switched off."""
+    if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
+        return []
+    return [adapter for adapter in getattr(module, "active_adapters", []) if adapter in getattr(module, "lora_A", {})]
 
 
 def _hidden_of(output: Any) -> Tensor:
