@@ -134,8 +134,9 @@ class ModelParts:
         if any(parameter.requires_grad for parameter in parameters):
             return None
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-        adapters = (_active_adapters(self.head_module), dict(getattr(self.head_module, "scaling", {})))
-        return weights, repr(adapters)
+        # peft merges and switches adapters without a write that the version counters see.
+        switches = ("merged_adapters", "disable_adapters", "active_adapters", "scaling")
+        return weights, repr([getattr(self.head_module, switch, None) for switch in switches])
 
     def declared_scaling(self) -> list[tuple[float, float | None]]:
         """(scale, soft cap) pairs to try, what the model's configuration declares first, none at all last."""
@@ -287,7 +288,17 @@ def _base_layer(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
+def _trained_copy(module: nn.Module) -> nn.Module:
+    """The copy of the head that is in use when peft's `modules_to_save` wraps it; else the module itself."""
+    copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+    if not isinstance(copies, nn.ModuleDict) or not isinstance(original, nn.Module):
+        return module
+    active = [] if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", [])
+    return copies[active[0]] if active else original
+
+
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    module = _trained_copy(module)
     base = _base_layer(module)
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     if (
