@@ -55,7 +55,11 @@ def memory_before(step: int, seed: int = 0) -> tuple[np.ndarray, int]:
 def create(root: Path, *, embeddings: str = "full", **more: Any) -> SelectionLogWriter:
     more.setdefault("run", {"run_id": "r"})
     return SelectionLogWriter.create(
-        root, embeddings=embeddings, embedding_dim=DIM, buffer_capacity=CAPACITY, **more  # type: ignore[arg-type]
+        root,
+        embeddings=embeddings,
+        embedding_dim=DIM,
+        buffer_capacity=CAPACITY,
+        **more,  # type: ignore[arg-type]
     )
 
 

@@ -149,7 +149,9 @@ def test_digest_does_not_depend_on_arrows_buffers() -> None:
     assert shard.null_count
     if isinstance(shard, pa.ChunkedArray):
         shard = shard.chunk(0)
-    rubbish = np.where(shard.is_null().to_numpy(zero_copy_only=False), 77, shard.fill_null(0).to_numpy()).astype(np.int32)
+    rubbish = np.where(shard.is_null().to_numpy(zero_copy_only=False), 77, shard.fill_null(0).to_numpy()).astype(
+        np.int32
+    )
     dirty = pa.Array.from_buffers(pa.int32(), len(shard), [shard.buffers()[0], pa.py_buffer(rubbish.tobytes())])
     index = table.schema.get_field_index("shard")
     changed = table.set_column(index, table.schema.field("shard"), dirty)

@@ -34,7 +34,9 @@ def in_order(steps: range, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("rows", [1, 5, 8, 13])
 def test_every_value_comes_back(tmp_path: Path, sealed: str, rows: int) -> None:
     writer = recorded.create(tmp_path)
-    recorded.record(writer, 0, 3, rows=rows) if rows > 1 else [writer.append(s, recorded.columns(s, 1)) for s in range(3)]
+    recorded.record(writer, 0, 3, rows=rows) if rows > 1 else [
+        writer.append(s, recorded.columns(s, 1)) for s in range(3)
+    ]
     if sealed != "live":
         writer.seal()
     if sealed == "both":
@@ -150,7 +152,9 @@ def test_memory_at_checkpoints_under_tail(tmp_path: Path) -> None:
         with pytest.raises(LogError, match="nearest are at step 3 and 6"):
             log.buffer_at(4)
         assert "embedding" not in log.pushes().column_names
-        assert log.pushes().column("digest").to_pylist() == [recorded.digest_after(s) for s in range(6) for _ in range(2)]
+        assert log.pushes().column("digest").to_pylist() == [
+            recorded.digest_after(s) for s in range(6) for _ in range(2)
+        ]
 
 
 def test_no_memory_under_none(tmp_path: Path) -> None:
@@ -175,7 +179,9 @@ def test_a_memory_taken_over_is_pushed_before_the_first_step(tmp_path: Path) -> 
     with recorded.create(tmp_path) as writer:
         start = recorded.vectors(99, count=3)
         none = np.full(3, -1)
-        writer.push(-1, positions=none, sample_ids=none, push_index=0, embeddings=start, digest=recorded.digest_after(-1))
+        writer.push(
+            -1, positions=none, sample_ids=none, push_index=0, embeddings=start, digest=recorded.digest_after(-1)
+        )
         writer.append(0, recorded.columns(0))
         log = SelectionLog.open(tmp_path)
         assert np.array_equal(log.buffer_at(0).embeddings, start)

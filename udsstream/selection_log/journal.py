@@ -43,7 +43,7 @@ class Journal:
         self._root, self._rank, self._attempt = root, rank, attempt
         self._run_sha256, self._wal_bytes, self._hand_over = run_sha256, wal_bytes, hand_over
         self._segment = segment
-        self._next_step = first_step
+        self.next_step = first_step
         self._dirty = False
         self._fd: int | None = None
         self._open()
@@ -71,9 +71,9 @@ class Journal:
 
     def append(self, step: int, columns: Mapping[str, Any], rows: int) -> None:
         """Write one batch; it survives the process from here on, and the machine from the next `sync` on."""
-        if step < self._next_step:
+        if step < self.next_step:
             raise LogError(
-                f"step {step} cannot be logged in {self.codec.table!r}: the next step is {self._next_step} at least "
+                f"step {step} cannot be logged in {self.codec.table!r}: the next step is {self.next_step} at least "
                 f"(attempt {self._attempt}). Each step is written once, in order."
             )
         if rows == 0:
@@ -98,7 +98,7 @@ class Journal:
             self._first_step = step
         self._batches += 1
         self._last_step = step
-        self._next_step = step + 1
+        self.next_step = step + 1
         self._marks += link[:MARK_BYTES]
 
     def sync(self) -> None:

@@ -63,8 +63,14 @@ class Pending:
 
 def segment_bytes(wal: memoryview, pending: Pending, codec: TableCodec) -> bytes:
     """The segment's file, from the intact prefix of its write-ahead file."""
-    with pa.ipc.open_stream(pa.py_buffer(wal[: pending.good])) as reader:
-        table = reader.read_all()
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(wal[: pending.good])) as reader:
+            table = reader.read_all()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LogCorruptError(
+            f"the write-ahead file of segment {pending.identity.segment} of {codec.table!r}, rank {pending.identity.rank}, "
+            f"was changed after it was written: {error}"
+        ) from error
     if table.num_rows != pending.rows:
         raise LogCorruptError(
             f"the write-ahead file of segment {pending.identity.segment} has {table.num_rows} rows, "

@@ -256,7 +256,10 @@ def _check_bytes(where: str, scan: WalScan, codec: TableCodec) -> None:
     """Every byte is what this encoder writes for these rows, padding included."""
     if not scan.good:
         return
-    at = len(schema_message(scan.identity.schema(codec)))
+    schema = schema_message(scan.identity.schema(codec))
+    if bytes(scan.data[: len(schema)]) != schema:
+        raise LogCorruptError(f"{where}: bytes of the schema were changed. Restore the file from a copy.")
+    at = len(schema)
     with pa.ipc.open_stream(pa.py_buffer(scan.data[: scan.good])) as reader:
         for batch, step, link in zip(reader, scan.steps.tolist(), scan.links, strict=True):
             message = codec.message(codec.reencode(batch), link)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from udsstream.errors import LogCorruptError
 from udsstream.selection_log.digest import batch_link, content_digest
 from udsstream.selection_log.encoding import LINK_KEY, TableCodec, ones, schema_message
 from udsstream.selection_log.files import map_file
@@ -88,8 +89,14 @@ class WalScan:
         """The rows of the intact prefix."""
         if not self.batches:
             return codec.schema.empty_table()
-        with pa.ipc.open_stream(pa.py_buffer(self.data[: self.good])) as reader:
-            return reader.read_all().replace_schema_metadata(None)
+        try:
+            with pa.ipc.open_stream(pa.py_buffer(self.data[: self.good])) as reader:
+                return reader.read_all().replace_schema_metadata(None)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise LogCorruptError(
+                f"{self.path}: the values are right but Arrow cannot read what frames them: {error}. Restore the file from "
+                "a copy."
+            ) from error
 
 
 def frame_digest(data: memoryview, frame: Frame, batch: RecordBatchFrame, codec: TableCodec) -> bytes:

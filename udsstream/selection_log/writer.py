@@ -318,6 +318,12 @@ class SelectionLogWriter:
                 f"rank {self.rank} has logged since the heads for the checkpoint at step {step} were taken: call sync() and "
                 "gather the heads right before"
             )
+        for journal in (self._selection, self._pushes):
+            if journal.next_step > step:
+                raise LogError(
+                    f"the checkpoint is at step {step}, but step {journal.next_step - 1} is already logged in "
+                    f"{journal.codec.table!r}: a run resumed from it could not be told from one that changed its past"
+                )
         root = merkle_root([bytes(head) for head in heads])
         if self.rank == 0:
             self._write(lambda: self._keep(step, tuple(map(bytes, heads)), root, buffer, pushed, buffer_digest))
