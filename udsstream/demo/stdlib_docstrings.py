@@ -347,7 +347,7 @@ def _choose_held_out(every: Sequence[DocstringPair], count: int) -> set[int]:
     if count > len(able) // 2:
         raise ConfigError(
             f"held_out={count} of {len(every)} pairs is too much: {len(able)} share neither source nor docstring with "
-            f"another and come from packages of {_SMALLEST_PACKAGE_TO_HOLD_OUT_FROM} pairs or more, and half of these ({len(able) // 2}) is "
-            "the most that can be held out"
+            f"another and come from packages of {_SMALLEST_PACKAGE_TO_HOLD_OUT_FROM} pairs or more, and half of these "
+            f"({len(able) // 2}) is the most that can be held out"
         )
     return {able[(2 * k + 1) * len(able) // (2 * count)] for k in range(count)}
