@@ -113,7 +113,12 @@ def reseal(root: Path, change: Callable[[pa.Table], pa.Table], segment: int = 0)
     lines = [decode_line(line) for line in manifest.read_bytes().splitlines()]
     for i, line in enumerate(lines):
         if isinstance(line, SegmentLine) and line.segment == segment:
-            fields = {**vars(line), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": table.num_rows}
+            fields = {
+                **vars(line),
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "rows": table.num_rows,
+            }
             lines[i] = SegmentLine(**fields)
     manifest.write_bytes(b"".join(map(encode_line, lines)))
 
@@ -149,7 +154,9 @@ def test_a_changed_row_is_found_and_its_step_named(
 ) -> None:
     record(tmp_path)
     reseal(tmp_path, change)
-    with pytest.raises(LogCorruptError, match=rf"rank 0: .*a0-000000.arrow, step {step}: the rows do not give the digest"):
+    with pytest.raises(
+        LogCorruptError, match=rf"rank 0: .*a0-000000.arrow, step {step}: the rows do not give the digest"
+    ):
         SelectionLog.open(tmp_path).verify()
 
 
@@ -180,7 +187,10 @@ def test_a_changed_live_row_is_found_and_its_step_named(tmp_path: Path) -> None:
     ("what", "text"),
     [
         ("selection/r00000/a0-000001.arrow", "is missing, but the manifest lists it"),
-        ("_state/r00000/selection/manifest.jsonl", "neither the manifest nor a write-ahead file knows|found the write-ahead"),
+        (
+            "_state/r00000/selection/manifest.jsonl",
+            "neither the manifest nor a write-ahead file knows|found the write-ahead",
+        ),
         ("_state/r00000/selection/wal-000003.arrows", None),
         ("_state/r00000", "there is no .*r00000, but the run began with 1 ranks"),
     ],

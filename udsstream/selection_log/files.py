@@ -139,5 +139,7 @@ def map_file(path: Path) -> memoryview:
         if size == 0:
             return memoryview(b"")
         return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+    except (OSError, ValueError, OverflowError) as error:
+        raise LogError(f"cannot map {path} of {size} bytes: {error}") from error
     finally:
         os.close(fd)

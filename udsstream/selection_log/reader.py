@@ -80,7 +80,7 @@ class SelectionLog:
         """The ids of the samples kept at a step, in training order; LogError when the step is not in the log."""
         data = self._dataset(SELECTION, steps=(step, step))
         columns = ["step", "sample_id", "selected", "train_order"]
-        found = data.to_table(columns=columns, filter=pc.field("step") == step)
+        found = self._scan(data, columns, pc.field("step") == step)
         if not found.num_rows:
             steps = self.steps()
             known = f"it has {len(steps)} steps from {steps[0]} to {steps[-1]}" if len(steps) else "it has none"
@@ -97,11 +97,19 @@ class SelectionLog:
             raise ConfigError(f"the table {name!r} has no column {', '.join(sorted(unknown))}; it has {schema.names}")
         order = _ORDER[name] + (("attempt",) if all_attempts else ())
         wanted = list(dict.fromkeys([*columns, *order]))
-        data = self._dataset(name, all_attempts=all_attempts).to_table(columns=wanted, filter=filter)
+        data = self._scan(self._dataset(name, all_attempts=all_attempts), wanted, filter)
         keys = [data.column(key).to_numpy() for key in order]
         if not _is_sorted(keys):
             data = data.take(pa.array(np.lexsort(keys[::-1])))
         return data.select(columns)
+
+    def _scan(self, data: ds.Dataset, columns: list[str], filter: pc.Expression | None) -> pa.Table:
+        try:
+            return data.to_table(columns=columns, filter=filter)
+        except OSError as error:
+            raise LogCorruptError(
+                f"{self.root}: a sealed file cannot be unpacked: {error}. SelectionLog.verify() names it; restore it from a copy."
+            ) from error
 
     def _dataset(self, name: str, *, all_attempts: bool = False, steps: tuple[int, int] | None = None) -> ds.Dataset:
         """`steps`: only files that may hold a step between these two are needed."""

@@ -27,6 +27,7 @@ __all__ = ["FileIdentity", "WalScan", "scan_wal"]
 
 _SCHEMA_LIMIT = 1 << 20
 _SEARCH_LIMIT = 1 << 16
+_SEARCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +210,7 @@ def _intact_batch_after(data: memoryview, bad: int, codec: TableCodec) -> bool:
     if isinstance(raw, (mmap.mmap, bytes)):
         at = bad
         for _ in range(_SEARCH_LIMIT):
-            at = raw.find(b"\xff\xff\xff\xff", at + 1)
+            at = raw.find(b"\xff\xff\xff\xff", at + 1, bad + _SEARCH_BYTES)
             if at < 0:
                 break
             if at % 8 == 0:
