@@ -149,9 +149,6 @@ class TinyRun:
             trainer.fit()
         weights = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters() if p.requires_grad}
         trainer.close()
-        for algorithm in trainer.state.algorithms:
-            if isinstance(algorithm, OnlineBatchSelection):
-                algorithm.close()
         return weights
 
     def run_and_save(self) -> None:

@@ -25,7 +25,9 @@ from composer.models import HuggingFaceModel
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
+    CosineAnnealingScheduler,
     CosineAnnealingWithWarmupScheduler,
+    LinearScheduler,
     LinearWithWarmupScheduler,
 )
 from composer.utils import dist, reproducibility
@@ -303,8 +305,18 @@ def _streams(data: DataConfig) -> list[Stream]:
 def _scheduler(config: SchedulerConfig) -> ComposerScheduler:
     if config.name == "constant":
         return ConstantWithWarmupScheduler(t_warmup=config.warmup)
-    kind = LinearWithWarmupScheduler if config.name == "linear" else CosineAnnealingWithWarmupScheduler
-    return kind(t_warmup=config.warmup, alpha_f=config.alpha_f)
+    warms_up = not config.warmup.startswith("0")
+    if config.name == "linear":
+        return (
+            LinearWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.alpha_f)
+            if warms_up
+            else LinearScheduler(alpha_f=config.alpha_f)
+        )
+    return (
+        CosineAnnealingWithWarmupScheduler(t_warmup=config.warmup, alpha_f=config.alpha_f)
+        if warms_up
+        else CosineAnnealingScheduler(alpha_f=config.alpha_f)
+    )
 
 
 def _clipping(norm: float | None) -> list[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
@@ -272,17 +272,19 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     try:
         loaded = OmegaConf.load(Path(path))
-        malformed = [override for override in overrides if "=" not in override]
-        if malformed:
-            raise ConfigError(
-                f"{', '.join(map(repr, malformed))}: an override is written key=value, as in data.batch_size=16"
-            )
-        merged = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: holds a list, but must hold keys and values")
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not (key and equals):
+                raise ConfigError(f"{override!r}: an override is written key=value, as in data.batch_size=16")
+            OmegaConf.update(loaded, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
+        settings = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; pipelines/ holds examples") from None
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, IndexError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from error
-    return parse_run_config(merged, where=str(path))
+    return parse_run_config(settings, where=str(path))
 
 
 def parse_run_config(settings: Any, *, where: str) -> RunConfig:

@@ -51,7 +51,7 @@ def summarize(log: SelectionLog) -> RunSummary:
     table = log.table(columns=["step", "tokens", "selected", "score", "stream"])
     selected = table["selected"].to_numpy(zero_copy_only=False)
     tokens = table["tokens"].to_numpy()
-    scored = table.filter(pc.is_valid(table["score"]))
+    scored = table.filter(table["score"].is_valid())
     correlation = None
     if scored.num_rows > 1:
         scores, lengths = scored["score"].to_numpy().astype(np.float64), scored["tokens"].to_numpy().astype(np.float64)

@@ -32,7 +32,6 @@ def train(run: TinyRun, *callbacks: Callback, **overrides) -> SelectionLog:
         trainer.fit()
     finally:
         trainer.close()
-        trainer.state.algorithms[0].close()
     return SelectionLog.open(f"{run.folder}/log")
 
 
@@ -83,7 +82,6 @@ def test_choices_are_those_of_the_published_formula(streams, tmp_path, monkeypat
     trainer.fit()
     projection = trainer.state.algorithms[0]._scorer.projection
     trainer.close()
-    trainer.state.algorithms[0].close()
 
     gammas = oracles.gamma(projection.vocabulary), oracles.gamma(projection.tokens)
     table = SelectionLog.open(tmp_path / "log").table()
@@ -312,7 +310,7 @@ def test_several_ranks_are_refused(streams, tmp_path, monkeypatch):
 
     monkeypatch.setattr(algorithm.dist, "get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"several ranks is not supported yet: the world size is 2"):
-        OnlineBatchSelection()._on_init(type("State", (), {"algorithms": []})(), None)
+        OnlineBatchSelection()._on_init(type("State", (), {"algorithms": [], "callbacks": []})(), None)
 
 
 def test_trimming_equals_collating_the_kept_rows_alone(streams):

@@ -122,7 +122,6 @@ def resume(run: TinyRun, checkpoint: str, **changes) -> None:
         trainer.fit()
     finally:
         trainer.close()
-        trainer.state.algorithms[0].close()
 
 
 def test_other_settings_are_refused_by_name(streams, tmp_path):

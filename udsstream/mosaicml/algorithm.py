@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Event, State, get_precision_context
+from composer.core import Algorithm, Callback, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from streaming import StreamingDataset
@@ -232,7 +231,7 @@ class OnlineBatchSelection(Algorithm):
         self._correlation = LengthCorrelation(**state["correlation"])
 
     def close(self) -> None:
-        """Seals the log and gives its lock back. Happens by itself when the algorithm is dropped or the process ends."""
+        """Seals the log and gives its lock back. `Trainer.close()` calls it, and so does the end of the process."""
         if self._writer is not None:
             self._writer.close()
 
@@ -240,6 +239,7 @@ class OnlineBatchSelection(Algorithm):
 
     def _on_init(self, state: State, logger: Logger) -> None:
         del logger
+        state.callbacks.append(_ClosesWithTrainer(self))
         twins = sum(isinstance(algorithm, OnlineBatchSelection) for algorithm in state.algorithms)
         if twins > 1:
             raise ConfigError(
@@ -490,9 +490,6 @@ class OnlineBatchSelection(Algorithm):
             )
             self._run_id = description["run_id"]
             self._writer = begin_log(self.log_dir, description, config)
-        if self._writer is not None:
-            # Composer has no event at which an algorithm is closed for good.
-            weakref.finalize(self, self._writer.close)
         if memory is not None:
             count = min(len(memory.embeddings), config.buffer_size)
             rows = torch.from_numpy(np.array(memory.embeddings[-count:], dtype=np.float32))
@@ -515,6 +512,17 @@ class OnlineBatchSelection(Algorithm):
                 f"keep: {self.config.keep} of each candidate batch are to be kept, but a batch has only {candidates}; "
                 f"choose at most {candidates}, a fraction, or a larger batch"
             )
+
+
+class _ClosesWithTrainer(Callback):
+    """Composer closes callbacks, but not algorithms."""
+
+    def __init__(self, algorithm: OnlineBatchSelection) -> None:
+        self._algorithm = algorithm
+
+    def close(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._algorithm.close()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,0 +1,237 @@
+"""`udsstream train` from a configuration to a run's folder: text streams, tokenizer, LoRA, held-out loss, going on, being refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from streaming import MDSWriter
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from udsstream import SelectionLog, cli, pipeline
+from udsstream.errors import DataError, LogExistsError, ModelError, ResumeError, ShardError
+from udsstream.run_config import load_run_config
+
+SENTENCES = ["the cat sat on the mat", "a dog ran over the hill", "what is two and two", "four it is", "say the word"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a two-layer Llama and a word-level tokenizer, as `from_pretrained` takes it."""
+    folder = tmp_path_factory.mktemp("model")
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(SENTENCES, trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> Path:
+    with MDSWriter(out=str(folder), columns=dict.fromkeys(rows[0], "str"), hashes=["sha1"], size_limit=1024) as writer:
+        for row in rows:
+            writer.write(row)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two training streams of prompts and responses, and a held-out one."""
+    root = tmp_path_factory.mktemp("data")
+    pairs = [{"prompt": SENTENCES[i % 5], "response": f"{SENTENCES[i * 2 % 5]} {'the ' * (i % 7)}"} for i in range(60)]
+    write_rows(root / "train" / "animals", pairs[:30])
+    write_rows(root / "train" / "numbers", pairs[30:48])
+    write_rows(root / "held_out", pairs[48:])
+    return root
+
+
+@pytest.fixture
+def config_file(model, data, tmp_path) -> Path:
+    settings = {
+        "save_folder": str(tmp_path / "run"),
+        "max_duration": "5ba",
+        "model": {"name": model, "lora": {"r": 4}},
+        "data": {"streams_root": str(data / "train"), "batch_size": 8},
+        "eval": {"local": str(data / "held_out"), "batch_size": 4},
+        "selection": {"keep": 2, "projection_dims": [8, 4], "buffer_size": 16},
+        "max_seq_len": 32,
+        "save_interval": "2ba",
+        "progress_bar": False,
+        "device": "cpu",
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def udsstream(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """What the command exits with, prints, and complains of."""
+    monkeypatch.setattr(sys, "argv", ["udsstream", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    code = ended.value.code
+    return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+
+def test_a_run_from_its_configuration(config_file, tmp_path, monkeypatch, capsys):
+    code, out, _ = udsstream(monkeypatch, capsys, "train", str(config_file), "seed=3")
+    assert code == 0
+    run = tmp_path / "run"
+    for expected in (
+        "kept and trained on",
+        "10 (25%)",
+        "held-out loss, before → after",
+        f"udsstream log {run} --step 0",
+    ):
+        assert expected in out, expected
+    assert load_run_config(run / "config.yaml").seed == 3
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["batches"] == 5
+    assert summary["eval_loss_before"] > 0
+    assert summary["eval_loss_after"] != summary["eval_loss_before"]
+    log = SelectionLog.open(run)
+    assert [stream["name"] for stream in log.run["streams"]] == ["animals", "numbers"]
+    assert log.run["seeds"] == {"selection": 17, "training": 3}
+    assert log.table().num_rows == 40
+    files = [path for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert not any(b"sat on the mat" in path.read_bytes() for path in files)  # ids and numbers, never text
+
+    code, out, _ = udsstream(monkeypatch, capsys, "log", str(run), "--step", "1", "--json")
+    rows = json.loads(out)
+    assert [row["train_order"] for row in rows if row["selected"]] == [0, 1]
+    code, out, _ = udsstream(monkeypatch, capsys, "log", str(run), "--json")
+    assert json.loads(out)["kept"] == 10
+    code, out, _ = udsstream(monkeypatch, capsys, "log", str(run), "--to-parquet", "--json")
+    assert Path(json.loads(out)["parquet"]).exists()
+    code, _, err = udsstream(monkeypatch, capsys, "log", str(run), "--step", "77")
+    assert (code, err) == (1, "udsstream: LogError: step 77 is not in the log; it holds steps 0 to 4\n")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.lora=null", "data.padding_side=left"],
+        ["selection=null"],
+        ["data.num_workers=1", "data.verify_data=true", "scheduler.name=cosine", "data.loss_on=all"],
+        ["selection.method=random", "selection.keep=0.5", "device_train_microbatch_size=1", "eval=null"],
+    ],
+    ids=["full training, left padding", "no selection", "a worker, verified shards", "random"],
+)
+def test_variants(config_file, overrides, tmp_path):
+    result = pipeline.train(load_run_config(config_file, overrides))
+    assert result.batches == 5
+    assert pipeline.is_finished(tmp_path / "run")
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_the_other_forms_of_rows(config_file, tmp_path, model, column):
+    turns = [{"role": "user", "content": "say the word"}, {"role": "assistant", "content": "the word"}]
+    value = "the cat sat on the mat" if column == "text" else json.dumps(turns)
+    write_rows(tmp_path / "rows", [{column: value}] * 16)
+    overrides = ["data.streams_root=null", "data.streams=[{local: " + str(tmp_path / "rows") + "}]", "eval=null"]
+    if column == "messages":
+        template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+        folder = tmp_path / "chat"
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        overrides.append(f"model.tokenizer={folder}")
+    pipeline.train(load_run_config(config_file, [*overrides, "max_duration=2ba"]))
+    assert SelectionLog.open(tmp_path / "run").table().num_rows == 16
+
+
+def test_streams_are_drawn_in_proportion(config_file, data, tmp_path):
+    streams = [
+        {"local": str(data / "train" / name), "proportion": share}
+        for name, share in (("animals", 0.8), ("numbers", 0.2))
+    ]
+    settings = yaml.safe_load(config_file.read_text())
+    settings["data"] = {"batch_size": 8, "streams": streams}
+    config_file.write_text(yaml.safe_dump(settings | {"max_duration": "1ep", "eval": None}))
+    pipeline.train(load_run_config(config_file))
+    numbers = SelectionLog.open(tmp_path / "run").table()["stream"].to_pylist()
+    assert numbers.count(0) == pytest.approx(0.8 * len(numbers), abs=1)
+
+
+def test_a_finished_run_is_not_mixed_with_a_new_one(config_file, tmp_path):
+    pipeline.train(load_run_config(config_file))
+    with pytest.raises(LogExistsError, match=r"already holds a run \(finished\); choose another save_folder"):
+        pipeline.train(load_run_config(config_file))
+    again = pipeline.train(load_run_config(config_file, ["autoresume=true"]))
+    assert again.batches == 5
+    assert SelectionLog.open(tmp_path / "run").table().num_rows == 40
+
+
+def test_going_on_with_another_configuration_is_refused(config_file):
+    pipeline.train(load_run_config(config_file))
+    changed = load_run_config(config_file, ["autoresume=true", "optimizer.lr=0.5", "selection.keep=1"])
+    with pytest.raises(ResumeError, match=r"optimizer\.lr: was 0\.0001, is 0\.5\n  selection\.keep: was 2, is 1"):
+        pipeline.train(changed)
+
+
+def test_a_longer_run_goes_on_where_it_was(config_file, tmp_path):
+    first = pipeline.train(load_run_config(config_file, ["max_duration=4ba"]))
+    longer = pipeline.train(load_run_config(config_file, ["max_duration=6ba", "autoresume=true"]))
+    assert longer.batches == 6
+    assert longer.eval_loss_before == first.eval_loss_before
+    log = SelectionLog.open(tmp_path / "run")
+    assert log.steps().tolist() == list(range(6))
+    log.verify()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["data.streams_root=/nowhere"], DataError, r"data\.streams_root: /nowhere is not a folder"),
+        (
+            ["data.streams_root=null", "data.streams=[{local: /nowhere}]"],
+            DataError,
+            r"data\.streams\.0\.local: /nowhere holds no index\.json",
+        ),
+        (["model.name=/nowhere"], ModelError, r"model\.name='/nowhere': cannot be loaded"),
+        (["data.prompt_key=question"], DataError, r"question"),
+    ],
+)
+def test_what_cannot_be_trained_on(config_file, overrides, error, message):
+    with pytest.raises(error, match=message):
+        pipeline.train(load_run_config(config_file, overrides))
+
+
+def test_an_empty_stream_is_refused(config_file, tmp_path):
+    write_rows(tmp_path / "streams" / "full", [{"prompt": "a", "response": "a"}] * 8)
+    with MDSWriter(out=str(tmp_path / "streams" / "empty"), columns={"prompt": "str", "response": "str"}):
+        pass
+    with pytest.raises(DataError, match=r"the stream with the index .*empty/index\.json holds no samples"):
+        pipeline.train(load_run_config(config_file, [f"data.streams_root={tmp_path / 'streams'}"]))
+
+
+def test_a_damaged_shard_is_found_before_training(config_file, tmp_path):
+    stream = write_rows(tmp_path / "streams" / "one", [{"prompt": "the cat", "response": "sat"}] * 16)
+    shard = next(stream.glob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ShardError, match=rf"shard {shard} is corrupt: its sha1 is"):
+        pipeline.train(
+            load_run_config(config_file, [f"data.streams_root={tmp_path / 'streams'}", "data.verify_data=true"])
+        )
+
+
+def test_a_mistake_is_printed_without_a_traceback(config_file, monkeypatch, capsys):
+    code, _, err = udsstream(monkeypatch, capsys, "train", str(config_file), "seeed=3")
+    assert code == 1
+    assert err == f"udsstream: ConfigError: {config_file}: 1 mistake\n  seeed: unknown key\n"
