@@ -52,10 +52,14 @@ def test_a_write_that_fails_stops_the_run_and_loses_nothing(
     head = recorded.checkpoint(writer, 3)
     with monkeypatch.context() as patch:
         failing(patch, name, error, part=part)
-        with pytest.raises(LogWriteError, match=text):
+
+        def log_on() -> None:
             for step in range(3, 5):
                 recorded.log_step(writer, step)
                 writer.sync()
+
+        with pytest.raises(LogWriteError, match=text):
+            log_on()
     # The disk is well again, but a row is missing: nothing may follow.
     for attempt in (
         lambda: writer.append(5, recorded.columns(5)),
@@ -64,7 +68,7 @@ def test_a_write_that_fails_stops_the_run_and_loses_nothing(
         lambda: writer.checkpoint(9, heads=[writer.head]),
         writer.close,
     ):
-        with pytest.raises(LogWriteError, match="takes no more rows since a write failed: .*Training must not go on"):
+        with pytest.raises(LogWriteError, match=r"takes no more rows since a write failed: .*Training must not go on"):
             attempt()
     assert SelectionLog.open(tmp_path).steps().tolist()[:3] == [0, 1, 2]
     with SelectionLogWriter.resume(tmp_path, step=3, head=head) as again:
@@ -124,7 +128,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
             recorded.log_step(writer, step)
             step += 1
 
-    with pytest.raises(LogWriteError, match="No space left on device|bytes were written"):
+    with pytest.raises(LogWriteError, match=r"No space left on device|bytes were written"):
         fill()
     writer.release()
     log = SelectionLog.open(root)
@@ -156,7 +160,7 @@ def test_a_read_only_disk(small_disk: Path) -> None:
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, "mkdir", errno.EACCES)
-    with pytest.raises(LogWriteError, match="Permission denied. Give this user permission"):
+    with pytest.raises(LogWriteError, match=r"Permission denied\. Give this user permission"):
         recorded.create(tmp_path / "a")
 
 

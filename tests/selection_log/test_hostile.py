@@ -204,7 +204,7 @@ def heads(**fields: Any) -> Callable[[Path], None]:
 
 
 def manifest_bytes(data: bytes) -> Callable[[Path], None]:
-    return lambda root: None if layout.manifest_path(root, SELECTION, 0).write_bytes(data) else None
+    return lambda root: (layout.manifest_path(root, SELECTION, 0).write_bytes(data), None)[1]
 
 
 DEEP = b"[" * 200_000 + b"]" * 200_000

@@ -240,7 +240,7 @@ def test_an_edited_run_json_breaks_the_chain(tmp_path: Path) -> None:
     record(tmp_path)
     path = tmp_path / "run.json"
     path.write_text(path.read_text().replace('"r"', '"s"'))
-    with pytest.raises(LogCorruptError, match="manifest.jsonl, line 1: attempt 0 does not follow"):
+    with pytest.raises(LogCorruptError, match=r"manifest\.jsonl, line 1: attempt 0 does not follow"):
         SelectionLog.open(tmp_path).verify()
 
 

@@ -288,7 +288,7 @@ def test_steps_are_written_once_and_in_order(tmp_path: Path) -> None:
 def test_a_new_run_does_not_touch_a_log_that_is_there(tmp_path: Path) -> None:
     recorded.create(tmp_path).close()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(LogExistsError, match="already holds run.json"):
+    with pytest.raises(LogExistsError, match=r"already holds run\.json"):
         recorded.create(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

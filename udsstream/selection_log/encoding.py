@@ -9,8 +9,8 @@ Legend: n rows of a batch, d numbers of an embedding.
 
 from __future__ import annotations
 
-import itertools
 import functools
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
