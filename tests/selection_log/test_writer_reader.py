@@ -327,6 +327,8 @@ def test_a_checkpoint_needs_the_heads_of_this_moment(tmp_path: Path) -> None:
         recorded.record(writer, 1, 2)
         with pytest.raises(LogError, match="has logged since"):
             writer.checkpoint(1, heads=[head])
+        with pytest.raises(LogError, match="at step 1, but step 1 is already logged in 'selection'"):
+            writer.checkpoint(1, heads=[writer.sync()])
         with pytest.raises(ConfigError, match="from each of the 1 ranks"):
             writer.checkpoint(1, heads=[])
 
