@@ -140,15 +140,14 @@ def read(folder: Path, rows: int) -> None:
     paths = list(layout.segment_path(folder / "read", SELECTION, 0, 0, 0).parent.iterdir())
     size = sum(path.stat().st_size for path in paths)
     log = SelectionLog.open(folder / "read")
-    print(
-        f"{count * per_step:,} rows in {len(paths)} segments, {size / 1e6:.0f} MB (written in {made:.0f} s with the data's making)"
-    )
+    print(f"{count * per_step:,} rows in {len(paths)} segments, {size / 1e6:.0f} MB (made and written in {made:.0f} s)")
+    late = pc.field("selected") & (pc.field("step") > 0.9 * count)
     for name, look in (
         ("table()", log.table),
         ("table(3 columns)", lambda: log.table(columns=["step", "sample_id", "score"])),
         (
             "table(filter selected & step > 90%)",
-            lambda: log.table(filter=pc.field("selected") & (pc.field("step") > 0.9 * count)),
+            lambda: log.table(filter=late),
         ),
         ("dataset().count_rows(selected)", lambda: log.dataset().count_rows(filter=pc.field("selected"))),
         ("selected(one step)", lambda: log.selected(count // 2)),
@@ -158,9 +157,8 @@ def read(folder: Path, rows: int) -> None:
         seconds = min(timed(look)[0] for _ in range(2))
         print(f"  {name:38s} {seconds:6.2f} s")
     parquet = (folder / "out" / "selection.parquet").stat().st_size
-    print(
-        f"  Parquet: {parquet / (count * per_step):.2f} B/row; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"  Parquet: {parquet / (count * per_step):.2f} B/row; peak memory {peak:.1f} GB")
 
 
 def main() -> None:

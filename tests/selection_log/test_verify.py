@@ -208,6 +208,21 @@ def test_a_file_that_was_removed(tmp_path: Path, what: str, text: str | None) ->
             log.verify()
 
 
+def test_a_segment_that_the_manifest_forgot(tmp_path: Path) -> None:
+    """A closed log has no write-ahead file to tell of it."""
+    with recorded.create(tmp_path) as writer:
+        recorded.record(writer, 0, 2)
+        writer.seal()
+        recorded.record(writer, 2, 3)
+    manifest = layout.manifest_path(tmp_path, SELECTION, 0)
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:-2]))
+    for look in (SelectionLog.open(tmp_path).verify, SelectionLog.open(tmp_path).table):
+        with pytest.raises(
+            LogCorruptError, match="segment 1 is sealed but neither the manifest nor a write-ahead file knows"
+        ):
+            look()
+
+
 def cut_last_segments(root: Path) -> None:
     """Remove the last attempt's segment, its lines and the live files: a shorter folder that agrees with itself."""
     for table in ("selection", "pushes"):
@@ -266,6 +281,21 @@ def test_lines_dropped_or_exchanged_in_the_manifest(tmp_path: Path) -> None:
         manifest.write_bytes(b"".join(changed))
         with pytest.raises(LogCorruptError):
             SelectionLog.open(tmp_path).verify()
+
+
+def test_steps_out_of_order_are_found_though_the_chain_holds(tmp_path: Path) -> None:
+    """What a writer with a fault of its own would leave."""
+    for seal in (False, True):
+        root = tmp_path / f"{seal}"
+        writer = recorded.create(root)
+        recorded.record(writer, 0, 3)
+        writer._selection.next_step = 0
+        writer.append(1, recorded.columns(1))
+        if seal:
+            writer.seal()
+        writer.release()
+        with pytest.raises(LogCorruptError, match="step 1 follows step 2"):
+            SelectionLog.open(root).verify()
 
 
 def test_a_strangers_segment_is_found(tmp_path: Path) -> None:

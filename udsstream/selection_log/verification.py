@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -55,22 +54,33 @@ class _Chain:
     """A journal's chain as it is recomputed: where it stood in each attempt before each step that some heads file names."""
 
     head: bytes
-    points: dict[tuple[int, int], bytes]  # (attempt, step) -> the chain just before that step
-    steps: set[int]
+    wanted: list[tuple[int, int]]  # the (attempt, step) that heads files name, descending
+    points: dict[tuple[int, int], bytes] = field(
+        default_factory=dict
+    )  # (attempt, step) -> the chain just before that step
+    steps: set[int] = field(default_factory=set)
     rows: int = 0
     segments: int = 0
     live: int = 0
+    current: int | None = None
 
-    def attempt(self, attempt: int, wanted: Iterable[tuple[int, int]]) -> None:
-        for key in wanted:
-            if key[0] == attempt:
-                self.points[key] = self.head
+    def _note(self, upto: tuple[int, int]) -> None:
+        """The chain will not change any more before the wanted places up to this one."""
+        while self.wanted and self.wanted[-1] <= upto:
+            place = self.wanted.pop()
+            if place[0] == self.current:
+                self.points[place] = self.head
 
-    def batch(self, attempt: int, step: int, link: bytes, wanted: Iterable[tuple[int, int]]) -> None:
+    def attempt(self, attempt: int, head: bytes) -> None:
+        self._note((attempt, -2))  # steps begin at -1
+        self.head, self.current = head, attempt
+
+    def batch(self, attempt: int, step: int, link: bytes) -> None:
+        self._note((attempt, step))
         self.head = link
-        for key in wanted:
-            if key[0] == attempt and step < key[1]:
-                self.points[key] = link
+
+    def finish(self) -> None:
+        self._note((1 << 15, 0))
 
 
 def verify(root: Path, *, anchor: tuple[int, bytes] | None = None) -> VerifyReport:
@@ -159,15 +169,15 @@ def _verify_journal(
     wanted: list[tuple[int, int]],
     unchecked: list[str],
 ) -> _Chain:
-    chain = _Chain(genesis(state.table, state.rank, run.sha256), {}, set())
+    chain = _Chain(genesis(state.table, state.rank, run.sha256), wanted[::-1])
     for line in state.manifest.lines:
         if isinstance(line, AttemptLine):
-            chain.head = bytes.fromhex(line.head)  # recomputed when the manifest was read
-            chain.attempt(line.attempt, wanted)
+            chain.attempt(line.attempt, bytes.fromhex(line.head))  # recomputed when the manifest was read
         elif isinstance(line, SegmentLine):
-            _verify_segment(root, state, line, codec, run.sha256, chain, wanted)
+            _verify_segment(root, state, line, codec, run.sha256, chain)
     for scan in state.wals:
-        _verify_wal(state, scan, codec, chain, wanted, unchecked)
+        _verify_wal(state, scan, codec, chain, unchecked)
+    chain.finish()
     return chain
 
 
@@ -178,7 +188,6 @@ def _verify_segment(
     codec: TableCodec,
     run_sha256: bytes,
     chain: _Chain,
-    wanted: list[tuple[int, int]],
 ) -> None:
     segment = open_segment(root, line, state.rank, codec, run_sha256)
     intact = hashlib.sha256(segment.data).hexdigest() == line.sha256
@@ -201,7 +210,7 @@ def _verify_segment(
                 f"{where}, step {step}: the rows do not give the digest that was written with them. A row of this step was "
                 "changed, dropped or reordered. Restore the file from a copy."
             )
-        chain.batch(line.attempt, step, link, wanted)
+        chain.batch(line.attempt, step, link)
     if chain.head.hex() != line.head or (int(steps[0]), int(steps[-1])) != (line.first_step, line.last_step):
         raise LogCorruptError(
             f"{where}, steps {line.first_step} to {line.last_step}: the rows do not give the chain that the manifest records. "
@@ -222,7 +231,6 @@ def _verify_wal(
     scan: WalScan,
     codec: TableCodec,
     chain: _Chain,
-    wanted: list[tuple[int, int]],
     unchecked: list[str],
 ) -> None:
     where = f"rank {state.rank}: {scan.path}"
@@ -235,7 +243,7 @@ def _verify_wal(
         writer = last.writer if last else "?"
         unchecked.append(f"{where}: padding between values was not compared ({writer} wrote it, this is {WRITER})")
     for step, link in zip(scan.steps.tolist(), scan.links, strict=True):
-        chain.batch(scan.identity.attempt, step, link, wanted)  # the scan has recomputed the links
+        chain.batch(scan.identity.attempt, step, link)  # the scan has recomputed the links
     chain.steps.update(scan.steps.tolist())
     chain.rows += table.num_rows
     chain.live += scan.batches
