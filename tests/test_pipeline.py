@@ -154,6 +154,17 @@ def test_the_other_forms_of_rows(config_file, tmp_path, model, column):
     assert SelectionLog.open(tmp_path / "run").table().num_rows == 16
 
 
+def test_a_remote_stream(config_file, data, tmp_path):
+    """Remote is a folder here; Streaming fetches from S3, GCS and others in the same way."""
+    settings = yaml.safe_load(config_file.read_text())
+    stream = {"remote": str(data / "train" / "animals"), "local": str(tmp_path / "cache")}
+    settings["data"] = {"batch_size": 8, "streams": [stream], "validate_hash": "sha1"}
+    config_file.write_text(yaml.safe_dump(settings | {"max_duration": "2ba", "eval": None}))
+    pipeline.train(load_run_config(config_file))
+    (recorded,) = SelectionLog.open(tmp_path / "run").run["streams"]
+    assert (recorded["location"], recorded["samples"]) == (stream["remote"], 30)
+
+
 def test_streams_are_drawn_in_proportion(config_file, data, tmp_path):
     streams = [
         {"local": str(data / "train" / name), "proportion": share}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import logging
 
 import numpy as np
@@ -11,13 +12,22 @@ import oracles
 import pytest
 import torch
 from composer.core import Callback, TimeUnit
+from composer.loggers import InMemoryLogger
 from tiny import TinyRun, collate, llama, write_stream
 from torch.utils.data import DataLoader
 
 from udsstream import OnlineBatchSelection, SelectionConfig, SelectionLog, UDSStreamingDataset
-from udsstream.errors import ConfigError, DataError, MissingSampleIdError, ScoreError, SequenceTooLongError
+from udsstream.errors import (
+    ConfigError,
+    DataError,
+    LogWriteError,
+    MissingSampleIdError,
+    ScoreError,
+    SequenceTooLongError,
+)
 from udsstream.mosaicml.batch import take_rows, trim_padding
 from udsstream.mosaicml.schedule import should_select
+from udsstream.selection_log.writer import SelectionLogWriter
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +259,41 @@ def test_defaults_are_those_of_the_configuration():
     for field in dataclasses.fields(SelectionConfig):
         assert signature[field.name].default == field.default, field.name
     assert OnlineBatchSelection(keep=3, seed=4).config == SelectionConfig(keep=3, seed=4)
+
+
+def test_the_run_s_loggers_are_told_what_anchors_the_log(streams, tmp_path):
+    """Metrics of every step, and the Merkle root of each checkpoint: a record of the record, outside its folder."""
+    logger = InMemoryLogger()
+    run = TinyRun(streams=streams, folder=str(tmp_path), duration="6ba", save_interval="3ba")
+    train(run, loggers=[logger])
+    kept = [value for _, value in logger.data["selection/kept"]]
+    assert kept == [2.0] * 6
+    assert {"selection/seconds", "selection/log_seconds", "selection/inter_mean"} <= logger.data.keys()
+    heads = json.loads((tmp_path / "log" / "_heads" / "ba00000003.json").read_text())
+    roots = {name: value for name, value in logger.hyperparameters.items() if "log_root" in name}
+    assert sorted(roots) == ["selection/log_root/ba00000003", "selection/log_root/ba00000006"]
+    assert roots["selection/log_root/ba00000003"] in json.dumps(heads)
+
+
+def test_training_does_not_go_on_unrecorded(streams, tmp_path, monkeypatch):
+    """A decision that cannot be written down stops the run before the model trains on it."""
+    run = TinyRun(streams=streams, folder=str(tmp_path), duration="6ba")
+    trainer = run.trainer()
+    append, calls = SelectionLogWriter.append, []
+
+    def full(self, step, columns):
+        calls.append([p.detach().clone() for p in trainer.state.model.parameters()])
+        if step == 2:
+            raise LogWriteError("no space left on device")
+        append(self, step, columns)
+
+    monkeypatch.setattr(SelectionLogWriter, "append", full)
+    with pytest.raises(LogWriteError):
+        trainer.fit()
+    assert len(calls) == 3
+    after = list(trainer.state.model.parameters())
+    assert all(torch.equal(was, now) for was, now in zip(calls[-1], after, strict=True))
+    trainer.close()
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

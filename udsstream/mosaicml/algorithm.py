@@ -167,6 +167,8 @@ class OnlineBatchSelection(Algorithm):
         self._correlation = LengthCorrelation()
         self._warned_of_length = False
         self._step = 0
+        # Merkle roots of checkpoints that the run's loggers have not been told yet: an anchor kept outside of the log's folder.
+        self._unreported: dict[str, str] = {}
 
     # Composer's interface ---------------------------------------------------------------------------------------------
 
@@ -198,7 +200,9 @@ class OnlineBatchSelection(Algorithm):
         state["correlation"] = dict(vars(self._correlation))
         state["rng"] = gather_rng_state()
         if self._writer is not None:
-            state["log"] = {"run_id": self._run_id, **anchor(self._writer, self._step, self._buffer)}
+            anchored = anchor(self._writer, self._step, self._buffer)
+            state["log"] = {"run_id": self._run_id, **anchored}
+            self._unreported[f"selection/log_root/ba{self._step:08d}"] = anchored["merkle_root"].hex()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
@@ -304,17 +308,26 @@ class OnlineBatchSelection(Algorithm):
         self._restore_rng(state, logger)
         began = time.perf_counter()
         decision = self._decide(state)
+        decided = time.perf_counter()
         self._remember(state, decision)
+        recorded = time.perf_counter()
         if decision.selected:
             state.batch = trim_padding(take_rows(state.batch, decision.kept))
         self._step = state.timestamp.batch.value + 1
-        metrics = decision.metrics() | {"selection/seconds": time.perf_counter() - began}
-        logger.log_metrics(metrics | self._length_metric(decision))
+        seconds = {"selection/seconds": decided - began, "selection/log_seconds": recorded - decided}
+        logger.log_metrics(decision.metrics() | seconds | self._length_metric(decision))
+        self._report_roots(logger)
 
     def _on_fit_end(self, state: State, logger: Logger) -> None:
-        del state, logger
+        del state
+        self._report_roots(logger)
         if self._writer is not None:
             self._writer.seal()
+
+    def _report_roots(self, logger: Logger) -> None:
+        if self._unreported:
+            logger.log_hyperparameters(self._unreported)
+            self._unreported = {}
 
     def _restore_rng(self, state: State, logger: Logger) -> None:
         """Puts the checkpoint's random state back at the first of: a new epoch, a batch, the end of an epoch that had none left.
