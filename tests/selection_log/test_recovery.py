@@ -140,6 +140,32 @@ def test_what_was_torn_is_set_aside_and_not_deleted(tmp_path: Path) -> None:
     assert any("torn-000000" in note for note in report.unchecked)
 
 
+def test_files_that_give_no_row_are_set_aside_too(tmp_path: Path) -> None:
+    """A file whose start is lost, and the one after it that nothing leads to."""
+    writer = recorded.create(tmp_path)
+    recorded.record(writer, 0, 2)
+    head = recorded.checkpoint(writer, 2)
+    writer._hand_over = lambda pending, codec: None  # type: ignore[method-assign]
+    writer._selection._hand_over = writer._hand_over
+    recorded.record(writer, 2, 3)
+    writer._selection.rotate()
+    recorded.record(writer, 3, 4)
+    writer._selection.rotate()
+    recorded.record(writer, 4, 5)
+    writer.release()
+    assert SelectionLog.open(tmp_path).steps().tolist() == [0, 1, 2, 3, 4]
+    lost, after = (layout.wal_path(tmp_path, SELECTION, 0, number) for number in (1, 2))
+    lost.write_bytes(bytes(lost.stat().st_size))
+    kept = {1: lost.read_bytes(), 2: after.read_bytes()}
+    with pytest.raises(LogCorruptError, match="wal-000001"):
+        SelectionLog.open(tmp_path).table()
+    with SelectionLogWriter.resume(tmp_path, step=2, head=head) as again:
+        recorded.record(again, 2, 5)
+    assert {int(p.stem[5:]): p.read_bytes() for p in layout.torn_files(tmp_path, SELECTION, 0)} == kept
+    assert_run(tmp_path, 5, dict.fromkeys(range(2, 5), 1))
+    SelectionLog.open(tmp_path).verify()
+
+
 # -- attempts --------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import pytest
 import recorded
 
 from udsstream.errors import ConfigError, LogError, LogExistsError, LogWriteError
+from udsstream.selection_log import state
 from udsstream.selection_log.digest import merkle_root
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.schema import DECISION_SCHEMA
@@ -196,8 +197,9 @@ def test_a_rank_that_pushed_nothing_records_nothing(tmp_path: Path) -> None:
         assert writer.head == head
 
 
-def test_reading_a_live_run_does_not_disturb_it(tmp_path: Path) -> None:
+def test_reading_a_live_run_does_not_disturb_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that looks all the time, while the writer seals every few steps, always sees whole steps in a row."""
+    monkeypatch.setattr(state, "_PAUSE", 0.01)
     writer = recorded.create(tmp_path, wal_bytes=20_000)
     stop, failures, looks = threading.Event(), [], []
 
