@@ -429,6 +429,8 @@ def test_a_crash_at_every_operation_on_the_disk(
         assert table.to_pylist() == want, operation
         report = log.verify()
         assert report.closed
+        left = [path for path in (root / "_state").rglob("*") if path.suffix == ".tmp" or path.name.startswith("wal-")]
+        assert not left, "a recovery leaves no half-made file behind"
         if embeddings == "full":
             assert np.array_equal(log.buffer_at(6).embeddings, recorded.memory_before(6)[0])
         else:

@@ -232,6 +232,29 @@ def test_reading_a_live_run_does_not_disturb_it(tmp_path: Path, monkeypatch: pyt
     assert report.segments > 20
 
 
+@pytest.mark.parametrize("sealings", [1, 3])
+def test_a_reader_looks_again_when_rows_move_between_two_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealings: int
+) -> None:
+    """Sealed right after the manifest was read: the write-ahead file is gone, and its segment is in no line that was seen."""
+    writer = recorded.create(tmp_path)
+    recorded.record(writer, 0, 2)
+    real, done = state.read_manifest, []
+
+    def read_then_seal(*args: Any) -> Any:
+        manifest = real(*args)
+        if len(done) < sealings:
+            done.append(1)
+            writer.append(1 + len(done), recorded.columns(1 + len(done)))
+            writer.seal()
+        return manifest
+
+    monkeypatch.setattr(state, "read_manifest", read_then_seal)
+    assert SelectionLog.open(tmp_path).steps().tolist() == list(range(2 + sealings))
+    assert len(done) == sealings
+    writer.release()
+
+
 def test_run_json_keeps_what_was_given(tmp_path: Path) -> None:
     run = {"run_id": "ü", "streams": [{"name": "a", "licence": "unknown"}], "seeds": {"selection": 17}}
     recorded.create(tmp_path, run=run).close()
