@@ -15,10 +15,12 @@ import hashlib
 import os
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.format import get_index_basename
 from streaming.base.hashing import get_hash
 
@@ -39,14 +41,40 @@ class UDSStreamingDataset(StreamingDataset):
     """
 
     _yielding: int = -1
+    _failure: ShardError | None = None
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """The sample with its `sample_id`."""
+        if not 0 <= sample_id < self.size:
+            raise IndexError(f"there is no sample {sample_id}: the data set has {self.size}")
         try:
+            self._check_size(sample_id)
             sample = super().get_item(sample_id, retry)
         except Exception as error:
-            raise self._shard_error(sample_id, error) from error
+            if error is self._failure:
+                raise
+            # Once a background thread has failed, Streaming refuses every sample; the thread's own error names the shard.
+            stopped = hasattr(self, "_event") and self._event.is_set()
+            raise (self._failure if stopped else None) or self._shard_error(sample_id, error) from error
         return _with_sample_id(sample, sample_id)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Downloads or decompresses a shard. A failure is remembered and ends the iteration.
+
+        Streaming leaves a shard that failed "in preparation", so that whoever needs it next waits for ever.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self._failure = ShardError(
+                f"shard {self._shard_path(shard_id)} cannot be downloaded or decompressed ({type(error).__name__}: {error}). It is "
+                "missing or corrupt: put it back at its remote or local place, or rebuild the stream"
+            )
+            # As for a shard whose file went missing: whoever waits for it, in other workers too, goes on, tries again, and fails too.
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            if hasattr(self, "_event"):
+                self._event.set()
+            raise self._failure from error
 
     def __iter__(self) -> Iterator[Any]:
         """The samples of this epoch's partition; ends only when all of them came."""
@@ -54,7 +82,7 @@ class UDSStreamingDataset(StreamingDataset):
             yield _with_sample_id(item, self._yielding)
         event = getattr(self, "_event", None)
         if event is not None and event.is_set():
-            raise ShardError(
+            raise self._failure or ShardError(
                 f"the stream broke off in epoch {self.next_epoch - 1} after sample {self._yielding}: a shard could not be downloaded or "
                 "decompressed (the thread's traceback stands above). Streaming would have ended the epoch here without an error; "
                 f"check that every shard named in {get_index_basename()} is at its remote or local place and has its recorded size"
@@ -73,14 +101,36 @@ class UDSStreamingDataset(StreamingDataset):
             state["epoch"] = self.next_epoch
         return state
 
+    @cached_property
+    def _sized(self) -> set[int]:
+        """Shards that this process has found to have the recorded size."""
+        return set()
+
+    def _check_size(self, sample_id: int) -> None:
+        """Raises ShardError when a shard is read for the first time and its file has not the size that the index records.
+
+        Streaming would decode what is left of a sample that was cut off in a text: a shorter text, and no error.
+        """
+        shard_id = int(self.spanner[sample_id][0])
+        if shard_id in self._sized:
+            return
+        raw, path = self.shards[shard_id].file_pairs[0][0], self._shard_path(shard_id)
+        if not os.path.exists(path):  # yet to be downloaded or decompressed
+            return
+        found = os.path.getsize(path)
+        if found != raw.bytes:
+            raise ShardError(f"it has {found} bytes, but the stream's index records {raw.bytes}")
+        self._sized.add(shard_id)
+
+    def _shard_path(self, shard_id: int) -> str:
+        stream = self.streams[int(self.stream_per_shard[shard_id])]
+        return os.path.join(stream.local, stream.split, self.shards[shard_id].file_pairs[0][0].basename)
+
     def _shard_error(self, sample_id: int, error: Exception) -> ShardError:
-        place = locate(self, [sample_id])
-        stream = self.streams[int(place.stream[0])]
-        shard = self.shards[int(self.shard_offset_per_stream[place.stream[0]] + place.shard[0])]
-        path = os.path.join(stream.local, stream.split, shard.file_pairs[0][0].basename)
+        shard_id, row = self.spanner[sample_id]
         return ShardError(
-            f"sample {sample_id} cannot be read: row {place.index[0]} of shard {path} ({type(error).__name__}: {error}). The shard is "
-            "missing, truncated or corrupt: fetch it again from its remote, or rebuild the stream"
+            f"sample {sample_id} cannot be read: row {row} of shard {self._shard_path(int(shard_id))} ({type(error).__name__}: {error}). "
+            "The shard is missing, truncated or corrupt: fetch it again from its remote, or rebuild the stream"
         )
 
 
