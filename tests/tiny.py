@@ -109,6 +109,8 @@ class TinyRun:
             collate_fn=collate,
             num_workers=self.workers,
             timeout=60 if self.workers else 0,
+            # A process that was itself spawned would spawn its workers too, and wait for their imports.
+            multiprocessing_context="fork" if self.workers else None,
         )
         algorithms = []
         if self.selection is not None:
