@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from composer.utils import dist
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.format import get_index_basename
@@ -28,12 +29,18 @@ from udsstream.errors import DataError, ShardError
 
 __all__ = ["SampleLocation", "StreamIdentity", "UDSStreamingDataset", "locate", "stream_identities", "verify_shards"]
 
+_SHARED_MEMORY_TRIES = 20
+"""How often a data set is made anew when another job took the shared memory that it was about to take."""
+
 
 class UDSStreamingDataset(StreamingDataset):
     """A `streaming.StreamingDataset` (same arguments) that adds `sample_id` to every sample and raises when a stream breaks off.
 
     `sample_id` is the sample's index over all streams in their order, an int that stays the same between epochs, ranks and
     resumptions. A subclass may return anything that is a mutable mapping from `__getitem__`: the id is put in if it is missing.
+
+    Raises:
+        DataError: a stream holds no samples.
 
     Raises (while iterating):
         ShardError: a shard is missing, truncated or corrupt.
@@ -42,6 +49,24 @@ class UDSStreamingDataset(StreamingDataset):
 
     _yielding: int = -1
     _failure: ShardError | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        tries_left = _SHARED_MEMORY_TRIES if dist.get_world_size() == 1 else 1
+        while True:
+            tries_left -= 1
+            try:
+                return super().__init__(*args, **kwargs)
+            except FileExistsError:
+                # Streaming looks for a free name in shared memory, then takes it: two jobs that start at once may find the same one.
+                if not tries_left:
+                    raise
+            except RuntimeError as error:
+                if "contains no samples" not in str(error):
+                    raise
+                index = str(error).partition(": ")[2].rstrip(".")
+                raise DataError(
+                    f"the stream with the index {index} holds no samples; leave it out, or fill it"
+                ) from error
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """The sample with its `sample_id`."""

@@ -22,7 +22,7 @@ from udsstream.selection_log.manifest import AttemptLine, SegmentLine, append_li
 from udsstream.selection_log.sealing import Pending, open_segment, seal
 from udsstream.selection_log.state import JournalState, lineage
 
-__all__ = ["Place", "begin_attempt", "chain_before", "find_place", "put_in_order", "step_starts"]
+__all__ = ["Place", "begin_attempt", "chain_before", "check_segments", "find_place", "put_in_order", "step_starts"]
 
 WRITER = f"pyarrow {pa.__version__}"
 
@@ -111,6 +111,20 @@ def find_place(
         "not what the checkpoint was made with: they come from different runs, or the log was changed. Give the checkpoint "
         "and the log of one run, and see `udsstream log RUN` and SelectionLog.verify() for the first broken link."
     )
+
+
+def check_segments(root: Path, states: list[JournalState]) -> None:
+    """Whether every sealed segment is there and has its size; their content is verify()'s. LogCorruptError names the first that is not."""
+    for state in states:
+        for line in state.manifest.segments:
+            path = layout.segment_path(root, state.table, state.rank, line.attempt, line.segment)
+            found = path.stat().st_size if path.is_file() else None
+            if found != line.bytes:
+                raise LogCorruptError(
+                    f"rank {state.rank}: {path} ({state.table}, steps {line.first_step} to {line.last_step}) "
+                    f"{'is missing' if found is None else f'has {found} bytes'}, but the manifest records {line.bytes} bytes: steps that "
+                    "were synced are lost. Restore the file from a copy, or begin a new run in another log directory."
+                )
 
 
 def put_in_order(root: Path, state: JournalState, codec: TableCodec) -> None:

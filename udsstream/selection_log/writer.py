@@ -177,6 +177,7 @@ class SelectionLogWriter:
         try:
             codecs = [run.settings.codec(table) for table in TABLES]
             states = [read_state(path, rank, codec, run.sha256, live=False) for codec in codecs]
+            recovery.check_segments(path, states)
             parent = None
             if head is not None:
                 parent = recovery.find_place(path, states, codecs, run.sha256, step=step, head=head).parent
