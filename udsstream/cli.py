@@ -1,4 +1,4 @@
-"""The command line: `udsstream train | log | bench`.
+"""The command line: `udsstream train | log | bench | demo`.
 
 Parses arguments and prints; what a command does stands in the module it calls, imported only then, so that `--help` is quick. An error
 of ours is printed without a traceback: exit 1, and 2 for a command that was typed wrong.
@@ -77,6 +77,27 @@ def log(
         print(json.dumps(summarize(opened).as_dict(), indent=2))
     else:
         print_summary(run)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face causal model; SmolLM2 without it.")
+    ] = None,
+    gsm8k: Annotated[
+        Path | None, typer.Option(help="Folder with GSM8K's test.jsonl; synthetic tokens without it.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Counted turns; the medians are reported.")] = 5,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="Also time random heads of larger models (8 GB, minutes).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what scoring costs on this machine, beside the forward it is added to and the SVD it replaces."""
+    from udsstream.bench import SHAPES, render, run_bench
+
+    result = run_bench(model=model, gsm8k=gsm8k, repeats=repeats, shapes=SHAPES if shapes else ())
+    print(json.dumps(result.as_dict(), indent=2) if as_json else render(result))
 
 
 @app.command()

@@ -329,7 +329,11 @@ def _clipping(norm: float | None) -> list[Any]:
 
 def _kept_per_step(config: RunConfig) -> int:
     """All that is trained on at once. Left to itself, Composer would take the candidates' number and warn of smaller batches."""
-    return config.selection_config().kept(config.data.batch_size) if config.selection is not None else config.data.batch_size
+    return (
+        config.selection_config().kept(config.data.batch_size)
+        if config.selection is not None
+        else config.data.batch_size
+    )
 
 
 def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | None:

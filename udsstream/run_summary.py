@@ -118,26 +118,20 @@ def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: 
     if as_json:
         print(json.dumps(table.to_pylist(), indent=2))
         return
-    headings = {
-        "position": "place",
-        "sample_id": "sample",
-        "stream": "stream",
-        "tokens": "tokens",
-        "intra": "intra",
-        "inter": "inter",
-        "score": "score",
-        "selected": "",
-        "train_order": "order",
-    }
-    shown = Table(title=f"Step {step}, epoch {table['epoch'][0].as_py()}", title_justify="left")
-    for name, heading in headings.items():
-        shown.add_column(heading, justify="right", no_wrap=name != "stream")
     names = [stream["name"] for stream in log.run.get("streams", [])]
-    for row in table.select(list(headings)).to_pylist():
-        if row["stream"] is not None and row["stream"] < len(names):
-            row["stream"] = names[row["stream"]]
-        row["selected"] = "kept" if row["selected"] else ""
-        shown.add_row(*(_cell(row[name]) for name in headings))
+    shown = Table(title=f"Step {step}, epoch {table['epoch'][0].as_py()}", title_justify="left")
+    for heading in ("place", "sample", "stream", "tokens", "intra", "inter", "score", "kept"):
+        shown.add_column(heading, justify="left" if heading == "stream" else "right", no_wrap=True)
+    for row in table.to_pylist():
+        stream = row["stream"]
+        shown.add_row(
+            str(row["position"]),
+            str(row["sample_id"]),
+            "" if stream is None else names[stream] if stream < len(names) else str(stream),
+            str(row["tokens"]),
+            *(_number(row[name]) for name in ("intra", "inter", "score")),
+            "" if row["train_order"] is None else f"no. {row['train_order'] + 1}",
+        )
     (console or Console()).print(shown)
 
 
@@ -145,7 +139,8 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "–"
 
 
-def _cell(value: Any) -> str:
+def _number(value: float | None) -> str:
+    """Five digits or more, without an exponent while it can be read without one."""
     if value is None:
         return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.5g}"
