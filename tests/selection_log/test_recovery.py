@@ -321,6 +321,29 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         SelectionLogWriter.resume(tmp_path / "c", step=0, head=None)
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("left", [None, 100])
+def test_a_log_that_lost_a_sealed_segment_is_not_taken_up_again(tmp_path: Path, table: str, left: int | None) -> None:
+    """An old segment, which finding the checkpoint's place need not open."""
+    writer = recorded.create(tmp_path)
+    for stop in (2, 4):
+        recorded.record(writer, stop - 2, stop)
+        writer.seal()
+    head = recorded.checkpoint(writer, 4)
+    writer.release()
+    path = layout.segment_path(tmp_path, table, 0, 0, 0)
+    data = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(data[:left])
+    text = "is missing" if left is None else "has 100 bytes"
+    with pytest.raises(
+        LogCorruptError, match=rf"a0-000000.arrow \({table}, steps 0 to 1\) {text}, but the manifest records"
+    ):
+        SelectionLogWriter.resume(tmp_path, step=4, head=head)
+    path.write_bytes(data)
+    SelectionLogWriter.resume(tmp_path, step=4, head=head).close()
+    SelectionLog.open(tmp_path).verify()
+
+
 # -- a crash at every operation --------------------------------------------------------------------------------------
 
 
