@@ -241,17 +241,19 @@ def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
 @contextlib.contextmanager
 def neutral(model: nn.Module) -> Iterator[None]:
     """Runs a block in eval mode, without gradients, and puts back every module's mode and every global generator's state."""
-    modes = [(module, module.training) for module in model.modules()]
+    # The flags themselves, not model.eval(): some modules do more than set a flag in train() and eval() (loralib merges its adapters),
+    # a user may keep others in eval mode for good, and with thousands of adapter modules the calls would cost as much as the scores.
+    training = [module for module in model.modules() if module.training]
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            model.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            for module in training:
+                object.__setattr__(module, "training", False)
             yield
     finally:
-        # Not model.train(): a user may keep some modules in eval mode for good.
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            object.__setattr__(module, "training", True)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

@@ -28,8 +28,8 @@ def mean_distance(embeddings: Tensor, memory: Tensor) -> Tensor:
     """
     if memory.shape[0] == 0:
         return embeddings.new_zeros(embeddings.shape[0], dtype=torch.float32)
-    distances = torch.cdist(embeddings.float(), memory.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.mean(dim=1)
+    rows = memory.float()
+    return torch.stack([torch.linalg.vector_norm(rows - embedding, dim=1).mean() for embedding in embeddings.float()])
 
 
 @dataclass
