@@ -374,6 +374,14 @@ def test_no_array_of_the_logits_size_is_made():
     assert (n, v) in naive.seen  # the check can fail
 
 
+@pytest.mark.parametrize(("n", "side"), [(20, 20), (100, 48)])
+def test_the_smaller_gram_matrix_is_decomposed(n, side, monkeypatch):
+    shapes, original = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: shapes.append(tuple(gram.shape)) or original(gram))
+    make_scorer(507).score_hidden([normal(n, 48)], make_head(507, 48))
+    assert shapes == [(side, side)]
+
+
 # Values that are not finite ---------------------------------------------------------------------------------------------
 
 
