@@ -9,7 +9,8 @@ a module to take the *output* of instead, for a head that is not called as a mod
 That the head's formula (`udsstream/scoring/lm_head.py`) is what the model does with these hidden states is not assumed but checked, once,
 on one candidate, against the model's own logits: `choose_form`.
 
-What is not here: sharded parameters. The hook's early stop would leave FSDP's bookkeeping half done.
+What is not here: finding the head's module and reading its weight (`head_module.py`), and sharded parameters: the hook's early stop
+would leave FSDP's bookkeeping half done.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from udsstream.errors import ModelError
+from udsstream.mosaicml.head_module import find_head, head_version, named_module, vocab_size_of, weight_and_bias
 from udsstream.scoring.lm_head import LMHead
 
 __all__ = ["ModelParts", "ScoringForm", "choose_form", "neutral"]
@@ -80,20 +82,14 @@ class ModelParts:
 
     def __init__(self, model: nn.Module, *, head: str | None = None, trunk: str | None = None) -> None:
         self.model = model
-        self.head_module = _named_module(model, head, "head") if head is not None else _find_head(model)
-        self._trunk = _named_module(model, trunk, "trunk") if trunk is not None else None
+        self.head_module = named_module(model, head, "head") if head is not None else find_head(model)
+        self._trunk = named_module(model, trunk, "trunk") if trunk is not None else None
         self._config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
 
     @property
     def vocab_size(self) -> int:
         """V: rows of the head's weight."""
-        weight = getattr(_base_layer(self.head_module), "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise ModelError(
-                f"the head is a {type(self.head_module).__name__} without a weight matrix (V, D), so its vocabulary size is unknown; "
-                "name the module that holds it with head="
-            )
-        return weight.shape[0]
+        return vocab_size_of(self.head_module)
 
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
         """The final hidden states (b, N, D) as they enter the head. Nothing after the trunk is computed.
@@ -125,18 +121,12 @@ class ModelParts:
         Raises:
             ModelError: the head is of a kind whose weight cannot be read as a matrix.
         """
-        weight, bias = _weight_and_bias(self.head_module)
+        weight, bias = weight_and_bias(self.head_module)
         return LMHead(weight=weight, bias=bias, scale=form.scale, softcap=form.softcap)
 
     def head_version(self) -> Hashable:
         """Changes whenever the head's weight does; None when it trains, since not every optimizer announces its writes."""
-        parameters = [*self.head_module.parameters(), *self.head_module.buffers()]
-        if any(parameter.requires_grad for parameter in parameters):
-            return None
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-        # peft merges and switches adapters without a write that the version counters see.
-        switches = ("merged_adapters", "disable_adapters", "active_adapters", "scaling")
-        return weights, repr([getattr(self.head_module, switch, None) for switch in switches])
+        return head_version(self.head_module)
 
     def declared_scaling(self) -> list[tuple[float, float | None]]:
         """(scale, soft cap) pairs to try, what the model's configuration declares first, none at all last."""
@@ -256,80 +246,6 @@ def neutral(model: nn.Module) -> Iterator[None]:
             object.__setattr__(module, "training", True)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def _find_head(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            head = getter()
-            if isinstance(head, nn.Module):
-                return head
-    wide = sorted(
-        ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)),
-        key=lambda item: -item[1].out_features,
-    )
-    hints = ", ".join(f"{name} ({m.in_features} → {m.out_features})" for name, m in wide[:3]) or "none"
-    raise ModelError(
-        f"no language-model head was found in {type(model).__name__}: none of its modules has a get_output_embeddings() that returns a "
-        f"module. Name the head's module with head=; the widest nn.Linear modules are: {hints}"
-    )
-
-
-def _named_module(model: nn.Module, name: str, role: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        children = ", ".join(child for child, _ in model.named_children()) or "nothing"
-        raise ModelError(
-            f"{role}={name!r} names no module of {type(model).__name__}; at its top level it has {children}"
-        ) from None
-
-
-def _base_layer(module: nn.Module) -> nn.Module:
-    return getattr(module, "base_layer", module)
-
-
-def _trained_copy(module: nn.Module) -> nn.Module:
-    """The copy of the head that is in use when peft's `modules_to_save` wraps it; else the module itself."""
-    copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
-    if not isinstance(copies, nn.ModuleDict) or not isinstance(original, nn.Module):
-        return module
-    active = [] if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", [])
-    return copies[active[0]] if active else original
-
-
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    module = _trained_copy(module)
-    base = _base_layer(module)
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if (
-        not isinstance(weight, Tensor)
-        or weight.ndim != 2
-        or not weight.is_floating_point()
-        or type(base) not in (nn.Linear, nn.Embedding)
-    ):
-        found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
-        raise ModelError(
-            f"the head is a {type(base).__module__}.{type(base).__name__} ({found}), but only an nn.Linear or nn.Embedding with a "
-            "floating-point weight (V, D) can be scored in hidden space."
-        )
-    if base is not module:
-        if not hasattr(module, "get_delta_weight"):
-            raise ModelError(
-                f"the head is adapted by a {type(module).__name__}, whose effective weight cannot be read."
-            )
-        for adapter in _active_adapters(module):
-            delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
-            weight = weight + delta.to(weight.dtype)
-    return weight, bias
-
-
-def _active_adapters(module: nn.Module) -> list[str]:
-    """peft's adapters that this layer adds to its base layer's output now: none while they are merged into it or switched off."""
-    if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
-        return []
-    return [adapter for adapter in getattr(module, "active_adapters", []) if adapter in getattr(module, "lora_A", {})]
 
 
 def _hidden_of(output: Any) -> Tensor:
