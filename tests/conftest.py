@@ -1,13 +1,58 @@
-"""Lets every test folder `import oracles` (pytest puts this file's folder on the path) and makes hypothesis repeatable."""
+"""For every test: the oracles on the path, repeatable hypothesis, and a process that many streaming data sets do not fill up."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # NumPy is only the oracle here, on small matrices; its threads and torch's would wait for each other (10× slower on 2 cores).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Streaming leaves lock files in the temporary folder and passes over the names that they stand for.
+os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="udsstream-tests-")
+tempfile.tempdir = None
+atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
-from hypothesis import settings
+import pytest  # noqa: E402 (the settings above must come first)
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repeatable")
+
+# A data set keeps a dozen files of shared memory open until its process ends.
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+
+_blocks: list[Any] = []
+"""The blocks of shared memory that this process has made or opened since the last test ended."""
+
+
+@pytest.fixture(autouse=True)
+def _shared_memory_is_given_back() -> Iterator[None]:
+    """Removes the names of the test's blocks of shared memory, as the end of its process would.
+
+    Otherwise each new data set would open a block of every one before it, and hundreds of them more files than a process may.
+    """
+    memory = sys.modules.get("streaming.base.shared.memory")
+    if memory is not None and memory.BuiltinSharedMemory is not _recorded:
+        _recorded.original = memory.BuiltinSharedMemory
+        memory.BuiltinSharedMemory = _recorded
+    yield
+    for block, made_here in _blocks:
+        with contextlib.suppress(FileNotFoundError, BufferError):
+            block.unlink() if made_here else block.close()
+    _blocks.clear()
+    for lock in Path(os.environ["TMPDIR"]).glob("*_filelock"):
+        lock.unlink()
+
+
+def _recorded(name: str | None = None, create: bool = False, size: int = 0) -> Any:
+    block = _recorded.original(name, create, size)
+    _blocks.append((block, create))
+    return block
