@@ -16,6 +16,9 @@ from udsstream import SelectionLog, cli, pipeline
 from udsstream.errors import DataError, LogExistsError, ModelError, ResumeError, ShardError
 from udsstream.run_config import load_run_config
 
+ROOT = Path(__file__).parent.parent
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+GSM8K_RECIPE = ROOT / "pipelines" / "gsm8k.yaml"
 SENTENCES = ["the cat sat on the mat", "a dog ran over the hill", "what is two and two", "four it is", "say the word"]
 
 
@@ -176,6 +179,28 @@ def test_streams_are_drawn_in_proportion(config_file, data, tmp_path):
     pipeline.train(load_run_config(config_file))
     numbers = SelectionLog.open(tmp_path / "run").table()["stream"].to_pylist()
     assert numbers.count(0) == pytest.approx(0.8 * len(numbers), abs=1)
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"needs GSM8K in {GSM8K}, which only the project's own workplace has")
+def test_gsm8k_by_its_recipe(model, tmp_path):
+    """Real questions and answers through pipelines/gsm8k.yaml; the tiny model stands in for SmolLM2."""
+    for split, count in (("train", 40), ("test", 8)):
+        lines = (GSM8K / f"{split}.jsonl").read_text().splitlines()[:count]
+        write_rows(tmp_path / split, [json.loads(line) for line in lines])
+    overrides = [
+        f"save_folder={tmp_path / 'run'}",
+        f"data.streams.0.local={tmp_path / 'train'}",
+        f"eval.local={tmp_path / 'test'}",
+        f"model.name={model}",
+        "selection.projection_dims=[8,4]",
+        "max_duration=4ba",
+        "progress_bar=false",
+    ]
+    result = pipeline.train(load_run_config(GSM8K_RECIPE, overrides))
+    rows = SelectionLog.open(tmp_path / "run").table()
+    assert (rows.num_rows, sum(rows["selected"].to_pylist())) == (32, 8)
+    assert rows["tokens"].to_numpy().min() > 20
+    assert result.eval_loss_after != result.eval_loss_before
 
 
 def test_a_finished_run_is_not_mixed_with_a_new_one(config_file, tmp_path):
