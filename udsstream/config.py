@@ -170,5 +170,5 @@ def _mistakes(config: SelectionConfig):
         value = getattr(config, name)
         if value is None and name == "end":
             continue
-        if not isinstance(value, str) or not _TIME.match(value):
+        if not isinstance(value, str) or not _TIME.fullmatch(value):
             yield f"{name}: {value!r} is not a time such as '10ba', '1ep', '5000sp', '1000000tok' or '0.1dur'"
