@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +103,8 @@ def print_summary(
         table.add_row("correlation of score and length", f"{summary.score_length_correlation:+.2f}")
     console.print(table)
     console.print(f"The record of every choice is in {run}. Read it with:", highlight=False)
-    console.print(f"  udsstream log {run} --step 0", highlight=False, soft_wrap=True)
-    console.print(f"  udsstream log {run} --to-parquet", highlight=False, soft_wrap=True)
+    for arguments in ("--step 0", "--to-parquet"):
+        console.print(f"  {_command()} log {run} {arguments}", highlight=False, soft_wrap=True)
 
 
 def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -133,6 +136,14 @@ def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: 
             "" if row["train_order"] is None else f"no. {row['train_order'] + 1}",
         )
     (console or Console()).print(shown)
+
+
+def _command() -> str:
+    """How this machine's user can call us: after `make demo` the command is in .venv/bin, mostly not on the path."""
+    typed = Path(sys.argv[0])
+    if shutil.which("udsstream") or typed.name != "udsstream":
+        return "udsstream"
+    return os.path.relpath(typed)
 
 
 def _share(part: int, whole: int) -> str:
