@@ -261,13 +261,27 @@ def test_a_shard_that_comes_back_can_be_read_and_another_failure_is_its_own(fold
     lost, damaged = shard_file(folders[0], 2), shard_file(folders[2], 1)
     content = lost.read_bytes()
     lost.unlink()
-    with pytest.raises(ShardError, match=str(lost)):
+    with pytest.raises(ShardError, match=rf"^shard {lost} cannot be downloaded"):
         _ = dataset[14]
     lost.write_bytes(content)
     assert dataset[14]["sample_id"] == 14
     truncate(damaged)
     with pytest.raises(ShardError, match=rf"sample 37 cannot be read: row 0 of shard {damaged} .*index records"):
         _ = dataset[37]
+
+
+def test_once_a_background_thread_has_failed_its_shard_is_named_whatever_is_read(folders):
+    dataset = open_streams(folders)
+    samples = iter(dataset)
+    next(samples)
+    lost = shard_file(folders[2], 4)
+    delete(lost)
+    with pytest.raises(ShardError, match=rf"^shard {lost} cannot be downloaded or decompressed \(ValueError: "):
+        dataset.prepare_shard(9)  # as the thread that looks ahead does
+    with pytest.raises(ShardError, match=rf"^shard {lost} "):
+        list(samples)
+    with pytest.raises(ShardError, match=rf"^shard {lost} "):
+        _ = dataset[0]
 
 
 def test_verify_shards_finds_one_changed_byte(folders):
