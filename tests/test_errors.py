@@ -52,6 +52,8 @@ def test_the_docstring_names_the_builtin_families():
         "ModelError": ["ValueError"],
         "ScoreError": ["ArithmeticError"],
         "ResumeError": ["RuntimeError"],
+        "ReplayError": ["RuntimeError"],
+        "AttestationError": ["ValueError"],
     }
 
 

@@ -9,6 +9,8 @@
     ├── ModelError             the model's trunk or head cannot be found or scored (ValueError)
     ├── ScoreError             a score is not a finite number (ArithmeticError)
     ├── ResumeError            a checkpoint does not fit the run that loads it (RuntimeError)
+    ├── ReplayError            a run cannot be trained again from its log with what was given (RuntimeError)
+    ├── AttestationError       an attestation cannot be read, made or trusted (ValueError)
     └── LogError               the selection log
         ├── LogExistsError         the directory already holds another run
         ├── LogLockedError         another process is writing to the log
@@ -22,6 +24,7 @@ Each message says what was found, what was expected, where, and what to do. Brok
 from __future__ import annotations
 
 __all__ = [
+    "AttestationError",
     "ConfigError",
     "DataError",
     "LogCorruptError",
@@ -31,6 +34,7 @@ __all__ = [
     "LogWriteError",
     "MissingSampleIdError",
     "ModelError",
+    "ReplayError",
     "ResumeError",
     "ScoreError",
     "SequenceTooLongError",
@@ -73,6 +77,14 @@ class ScoreError(UdsstreamError, ArithmeticError):
 
 class ResumeError(UdsstreamError, RuntimeError):
     """A checkpoint does not fit the run that loads it."""
+
+
+class ReplayError(UdsstreamError, RuntimeError):
+    """A run cannot be trained again from its log with what was given."""
+
+
+class AttestationError(UdsstreamError, ValueError):
+    """An attestation cannot be read, made or trusted."""
 
 
 class LogError(UdsstreamError):

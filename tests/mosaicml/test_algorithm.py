@@ -27,6 +27,7 @@ from udsstream.errors import (
 )
 from udsstream.mosaicml.batch import take_rows, trim_padding
 from udsstream.mosaicml.schedule import should_select
+from udsstream.selection_log.timings import read_timings
 from udsstream.selection_log.writer import SelectionLogWriter
 
 
@@ -367,3 +368,18 @@ def test_trimming_equals_collating_the_kept_rows_alone(streams):
         alone = collate([rows[number] for number in kept])
         assert ours.keys() == alone.keys()
         assert all(torch.equal(ours[key], alone[key]) for key in alone)
+
+
+def test_what_each_step_took_is_written_beside_the_log(streams, tmp_path):
+    TinyRun(streams=streams, folder=str(tmp_path), duration="3ba").run()
+    times = read_timings(tmp_path / "log")
+    assert times["step"].tolist() == [0, 1, 2]
+    assert (times["step_seconds"] > times["selection_seconds"]).all()
+    assert (times["selection_seconds"] > 0).all()
+
+
+def test_run_json_says_how_candidates_come(streams, tmp_path):
+    TinyRun(streams=streams, folder=str(tmp_path), duration="3ba").run()
+    run = SelectionLog.open(tmp_path / "log").run
+    assert run["loader"] == {"batch_size": 8, "batches_per_epoch": 11, "max_duration": "3ba"}
+    assert [(stream["samples"], stream["per_epoch"]) for stream in run["streams"]] == [(83, 83)]

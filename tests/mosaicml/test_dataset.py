@@ -347,8 +347,17 @@ def test_stream_identities(folders):
     assert [stream.name for stream in found] == ["a", "b", "c"]
     assert [stream.location for stream in found] == [str(folder) for folder in folders]
     assert [stream.samples for stream in found] == [23, 7, 30]
+    assert [stream.per_epoch for stream in found] == [23, 7, 30]
     for stream, folder in zip(found, folders, strict=True):
         assert stream.index_sha256 == hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+
+
+def test_a_stream_that_is_repeated_says_how_often_it_is_drawn_from(folders):
+    streams = [
+        Stream(local=str(folder), repeat=repeat) for folder, repeat in zip(folders, (2.0, 1.0, 0.5), strict=True)
+    ]
+    dataset = UDSStreamingDataset(streams=streams, batch_size=1)
+    assert [(stream.samples, stream.per_epoch) for stream in stream_identities(dataset)] == [(23, 46), (7, 7), (30, 15)]
 
 
 def test_streams_of_one_name_are_told_apart_by_their_place(tmp_path):

@@ -66,6 +66,7 @@ from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.scoring.projection import BilinearProjection
 from udsstream.scoring.scorer import CandidateScorer, CandidateScores
 from udsstream.scoring.select import check_finite, top_k
+from udsstream.selection_log.timings import TimingsWriter
 from udsstream.selection_log.writer import SelectionLogWriter
 
 __all__ = ["OnlineBatchSelection"]
@@ -149,6 +150,7 @@ class OnlineBatchSelection(Algorithm):
             Event.FIT_START: self._on_fit_start,
             Event.EPOCH_START: self._restore_rng,
             Event.AFTER_DATALOADER: self._on_batch,
+            Event.BATCH_END: self._on_batch_end,
             Event.EPOCH_END: self._restore_rng,
             Event.FIT_END: self._on_fit_end,
         }
@@ -158,6 +160,8 @@ class OnlineBatchSelection(Algorithm):
         self._form: ScoringForm | None = None
         self._buffer: EmbeddingBuffer | None = None
         self._writer: SelectionLogWriter | None = None
+        self._timings: TimingsWriter | None = None
+        self._times: tuple[float, float, float] | None = None
         self._alpha = 0.0
         self._streams: list[StreamIdentity] = []
         self._run_id: str | None = None
@@ -176,7 +180,7 @@ class OnlineBatchSelection(Algorithm):
         return f"{type(self).__name__}(method={self.config.method!r}, keep={self.config.keep!r}, log_dir={str(self.log_dir)!r})"
 
     def match(self, event: Event, state: State) -> bool:
-        """Runs at INIT, AFTER_LOAD, FIT_START and FIT_END, at the ends of epochs, and at every AFTER_DATALOADER."""
+        """Runs at INIT, AFTER_LOAD, FIT_START and FIT_END, at the ends of epochs, and around every batch."""
         del state
         return event in self._handlers
 
@@ -238,6 +242,8 @@ class OnlineBatchSelection(Algorithm):
         """Seals the log and gives its lock back. `Trainer.close()` calls it, and so does the end of the process."""
         if self._writer is not None:
             self._writer.close()
+        if self._timings is not None:
+            self._timings.close()
 
     # Events -----------------------------------------------------------------------------------------------------------
 
@@ -314,9 +320,21 @@ class OnlineBatchSelection(Algorithm):
         if decision.selected:
             state.batch = trim_padding(take_rows(state.batch, decision.kept))
         self._step = state.timestamp.batch.value + 1
+        self._times = (began, decided, recorded)
         seconds = {"selection/seconds": decided - began, "selection/log_seconds": recorded - decided}
         logger.log_metrics(decision.metrics() | seconds | self._length_metric(decision))
         self._report_roots(logger)
+
+    def _on_batch_end(self, state: State, logger: Logger) -> None:
+        del state, logger
+        if self._timings is not None and self._times is not None:
+            began, decided, recorded = self._times
+            self._timings.append(
+                self._step - 1,
+                step_seconds=time.perf_counter() - began,
+                selection_seconds=decided - began,
+                log_seconds=recorded - decided,
+            )
 
     def _on_fit_end(self, state: State, logger: Logger) -> None:
         del state
@@ -497,12 +515,15 @@ class OnlineBatchSelection(Algorithm):
                 vocab_size=vocab_size,
                 model=model,
                 streams=self._streams,
+                loader=_loader_facts(state),
                 world_size=dist.get_world_size(),
                 train_seed=state.rank_zero_seed,
                 warm_start=origin,
             )
             self._run_id = description["run_id"]
             self._writer = begin_log(self.log_dir, description, config)
+        if self.log_dir is not None and dist.get_global_rank() == 0:
+            self._timings = TimingsWriter(self.log_dir)
         if memory is not None:
             count = min(len(memory.embeddings), config.buffer_size)
             rows = torch.from_numpy(np.array(memory.embeddings[-count:], dtype=np.float32))
@@ -540,6 +561,16 @@ class _ClosesWithTrainer(Callback):
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _loader_facts(state: State) -> dict[str, Any]:
+    """What run.json says of the data loader; None where Composer cannot tell."""
+    batch_size = getattr(state.train_dataloader, "batch_size", None)
+    return {
+        "batch_size": batch_size if isinstance(batch_size, int) else None,
+        "batches_per_epoch": None if state.dataloader_len is None else int(state.dataloader_len),
+        "max_duration": None if state.max_duration is None else state.max_duration.to_timestring(),
+    }
 
 
 def _streaming_dataset(state: State) -> StreamingDataset | None:

@@ -201,6 +201,8 @@ class StreamIdentity:
     location: str
     """Where the stream was read from: its remote, or its local folder when it has none."""
     samples: int
+    per_epoch: int
+    """Samples drawn from it in each epoch: more than `samples` where it is repeated, fewer where only a part is drawn."""
     index_sha256: str
     """SHA-256, in hexadecimal, of the stream's index file, which names every shard with its size, rows and hashes."""
 
@@ -221,6 +223,7 @@ def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
                 name=basenames[number] if distinct else locations[number],
                 location=locations[number],
                 samples=int(dataset.samples_per_stream[number]),
+                per_epoch=int(stream.choose),
                 index_sha256=digest,
             )
         )

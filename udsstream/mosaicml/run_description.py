@@ -10,7 +10,7 @@ import datetime
 import platform
 import subprocess
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -31,11 +31,16 @@ def describe_run(
     vocab_size: int,
     model: nn.Module,
     streams: Sequence[StreamIdentity],
+    loader: Mapping[str, Any],
     world_size: int,
     train_seed: int | None,
     warm_start: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The description of a run that starts now, ready for JSON."""
+    """The description of a run that starts now, ready for JSON.
+
+    Args:
+        loader: `batch_size` (candidates per step and rank), `batches_per_epoch` and `max_duration`; None where it is not known.
+    """
     hf_config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     tokenizer = getattr(model, "tokenizer", None)
     return {
@@ -46,6 +51,7 @@ def describe_run(
         "resolved_alpha": alpha,
         "vocab_size": vocab_size,
         "streams": [dataclasses.asdict(stream) | {"licence": "unknown", "date": "unknown"} for stream in streams],
+        "loader": dict(loader),
         "model": {
             "class": type(model).__name__,
             "name": str(getattr(hf_config, "_name_or_path", "") or "unknown"),

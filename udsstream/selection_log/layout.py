@@ -9,6 +9,7 @@
     _state/r00003/selection/torn-000018.arrows   a write-ahead file with a damaged end, set aside by a recovery
     _heads/ba00012000.json                       the ranks' heads at a checkpoint
     _buffers/ba00012000-a0.arrow                 the memory's vectors at a checkpoint (mode "tail")
+    timings.jsonl                                what each step took; no digest covers it
     parquet/                                     derived, may be rebuilt
 
 pyarrow.dataset ignores folders with a leading underscore, so that `selection/` and `pushes/` alone look like data to it.
@@ -33,6 +34,7 @@ __all__ = [
     "ranks",
     "run_path",
     "segment_path",
+    "timings_path",
     "torn_files",
     "wal_numbers",
     "wal_path",
@@ -99,6 +101,10 @@ def old_heads_path(root: Path, step: int, attempt: int) -> Path:
 
 def buffer_path(root: Path, step: int, attempt: int) -> Path:
     return root / "_buffers" / f"ba{step:08d}-a{attempt}.arrow"
+
+
+def timings_path(root: Path) -> Path:
+    return root / "timings.jsonl"
 
 
 def parquet_dir(root: Path) -> Path:

@@ -1,0 +1,38 @@
+"""The command line, one file per command.
+
+A command parses its arguments and prints; what it does stands in the module that it calls, imported only then, so that `--help` is
+quick. An error of ours is printed without a traceback: exit 1, and 2 for a command that was typed wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from udsstream.cli.bench import bench
+from udsstream.cli.demo import demo
+from udsstream.cli.log import log
+from udsstream.cli.train import train
+from udsstream.errors import UdsstreamError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="udsstream",
+    help="Utility-diversity aware data selection for MosaicML Composer, with a record of every choice.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, log, bench, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point of the `udsstream` command."""
+    try:
+        app()
+    except UdsstreamError as error:
+        print(f"udsstream: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,28 @@
+"""`udsstream train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["train"]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as those in pipelines/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dotted paths.")
+    ] = None,
+) -> None:
+    """Fine-tune a model on the part of a stream that is worth most, and record every choice."""
+    from udsstream.run_config import load_run_config
+
+    settings = load_run_config(config, overrides or [])
+    from udsstream import pipeline
+    from udsstream.run_summary import print_summary
+
+    result = pipeline.train(settings)
+    if settings.selection is not None:
+        print_summary(Path(settings.save_folder), before=result.eval_loss_before, after=result.eval_loss_after)
