@@ -1,0 +1,107 @@
+"""Checkpoints are read without running what they hold, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TinyRun, write_stream
+
+from udsstream.errors import ResumeError
+from udsstream.mosaicml.checkpoint import checkpoint_at, model_weights, read_checkpoint, selection_state
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    stream = write_stream(folder / "stream")
+    TinyRun(streams=(str(stream),), folder=str(folder), duration="4ba", save_interval="2ba").run()
+    return folder
+
+
+class Shell:
+    """Runs a command when it is unpickled in earnest."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_checkpoint_of_a_selecting_run(run):
+    path = checkpoint_at(run / "checkpoints", 4)
+    assert path is not None
+    loaded = read_checkpoint(path)
+    state = selection_state(loaded)
+    assert state is not None
+    assert state["step"] == 4
+    assert state["memory"]["pushed"] == 8
+    in_earnest = torch.load(path, weights_only=False)["state"]["model"]
+    weights = model_weights(loaded)
+    assert weights.keys() == in_earnest.keys()
+    assert all(torch.equal(weights[name], in_earnest[name]) for name in weights)
+
+
+def test_the_checkpoint_of_a_batch(run, tmp_path):
+    folder = run / "checkpoints"
+    assert [checkpoint_at(folder, batch) is None for batch in (1, 2, 3, 4)] == [True, False, True, False]
+    assert checkpoint_at(tmp_path / "none", 2) is None
+    for name in ("ep0-ba7-rank0.pt", "ep10-ba7-rank0.pt", "ep2-ba7-rank0.pt", "ep3-ba7-rank1.pt", "latest-rank0.pt"):
+        (tmp_path / name).touch()
+    assert checkpoint_at(tmp_path, 7) == tmp_path / "ep10-ba7-rank0.pt"
+
+
+def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
+    path = checkpoint_at(run / "checkpoints", 4)
+    assert path is not None
+    hostile = torch.load(path, weights_only=False)
+    hostile["state"]["callbacks"] = {"x": Shell(tmp_path / "mark")}
+    torch.save(hostile, tmp_path / "hostile.pt")
+    with pytest.raises(ResumeError, match=r"hostile.pt is not read: it names posix.system, which could run code"):
+        read_checkpoint(tmp_path / "hostile.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Shell(tmp_path / "mark")))
+    with pytest.raises(ResumeError, match=r"plain.pt is not read: "):
+        read_checkpoint(tmp_path / "plain.pt")
+    assert not (tmp_path / "mark").exists()
+    torch.load(tmp_path / "hostile.pt", weights_only=False)
+    assert (tmp_path / "mark").exists()  # it would have been
+
+
+def test_an_algorithm_that_composer_would_evaluate_is_refused(run, tmp_path):
+    path = checkpoint_at(run / "checkpoints", 4)
+    assert path is not None
+    hostile = torch.load(path, weights_only=False)
+    hostile["state"]["algorithms"].append(("Alibi", {"repr": "__import__('os').system('true')"}))
+    torch.save(hostile, tmp_path / "hostile.pt")
+    with pytest.raises(ResumeError, match=r"evaluate \"__import__\('os'\).system\('true'\)\" as an algorithm"):
+        read_checkpoint(tmp_path / "hostile.pt")
+
+
+def test_what_is_no_checkpoint_is_named(run, tmp_path):
+    path = checkpoint_at(run / "checkpoints", 4)
+    assert path is not None
+    (tmp_path / "torn.pt").write_bytes(path.read_bytes()[:-5000])
+    (tmp_path / "empty.pt").touch()
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save(torch.ones(2), tmp_path / "tensor.pt")
+    for name, message in (
+        ("none", "there is no such checkpoint"),
+        ("torn", "cannot be read as a checkpoint"),
+        ("empty", "cannot be read as a checkpoint"),
+        ("other", "no checkpoint of Composer"),
+        ("tensor", "no checkpoint of Composer"),
+    ):
+        with pytest.raises(ResumeError, match=rf"{name}.pt.*{message}"):
+            read_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_a_run_without_selection_has_no_state_of_it(run, tmp_path):
+    stream = str(run / "stream")
+    TinyRun(streams=(stream,), folder=str(tmp_path), duration="2ba", save_interval="2ba", selection=None).run()
+    path = checkpoint_at(tmp_path / "checkpoints", 2)
+    assert path is not None
+    assert selection_state(read_checkpoint(path)) is None

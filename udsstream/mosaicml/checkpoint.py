@@ -1,0 +1,99 @@
+"""Reading a Composer checkpoint that somebody may have sent: no pickled code is run.
+
+Composer itself reads its checkpoints with the full unpickler, and evaluates the written form of some algorithms
+(`_apply_required_algorithms` in `composer/core/state.py`). So a file is read here first, by torch's restricted unpickler, with the few
+harmless classes that Composer puts in (times, NumPy arrays, a version string); what passes may be given to Composer.
+
+Only checkpoints of one file (not sharded ones) are read.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.torch_version import TorchVersion
+
+from udsstream.errors import ResumeError
+
+__all__ = ["checkpoint_at", "model_weights", "read_checkpoint", "selection_state"]
+
+_NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+
+
+def _harmless() -> list[Any]:
+    arrays = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU")]
+    # NumPy 2 renamed the module; a checkpoint may have been written by either.
+    reconstruct: Any = np.array(0).__reduce__()[0]  # type: ignore[index]
+    names = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
+    return [*arrays, *((reconstruct, name) for name in names), datetime.timedelta, TorchVersion]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, tensors on the host.
+
+    Raises:
+        ResumeError: there is no such file, it is torn or no checkpoint, it names a class or function that no checkpoint of a selecting
+            run needs, or an algorithm that Composer would instantiate from text.
+    """
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ResumeError(f"{path}: there is no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+        what = (
+            f"it names {named[1]}, which could run code"
+            if named
+            else f"torch's restricted unpickler refuses it ({error})"
+        )
+        raise ResumeError(f"{path} is not read: {what}. Use a checkpoint that Composer saved in this run") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ResumeError(
+            f"{path} cannot be read as a checkpoint: {error}. It may be torn: use an older one"
+        ) from error
+    if not isinstance(loaded, dict) or not isinstance(state := loaded.get("state"), dict) or "model" not in state:
+        raise ResumeError(f"{path} is a file of torch, but no checkpoint of Composer: it holds no state of a model")
+    _check_algorithms(path, state.get("algorithms", []))
+    return loaded
+
+
+def _check_algorithms(path: Path, saved: Any) -> None:
+    import composer.algorithms
+
+    entries = saved.items() if isinstance(saved, dict) else saved
+    for name, value in entries:
+        algorithm = getattr(composer.algorithms, str(name), None)
+        if algorithm is not None and algorithm.required_on_load():
+            written = value.get("repr") if isinstance(value, dict) else value
+            raise ResumeError(
+                f"{path} is not read: it asks Composer to evaluate {written!r} as an algorithm. Give that algorithm to the Trainer and "
+                "load the checkpoint there, if you know whose it is"
+            )
+
+
+def selection_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """What `OnlineBatchSelection.state_dict()` put into a checkpoint that `read_checkpoint` returned; None when it has none."""
+    saved = dict(checkpoint["state"].get("algorithms") or {})
+    found = saved.get("OnlineBatchSelection")
+    return found if isinstance(found, dict) and "memory" in found else None
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's weights in a checkpoint that `read_checkpoint` returned: name → tensor (adapters only, where only these are saved)."""
+    return {name: value for name, value in checkpoint["state"]["model"].items() if isinstance(value, torch.Tensor)}
+
+
+def checkpoint_at(folder: Path, batch: int) -> Path | None:
+    """The checkpoint that Composer saved in this folder after `batch` batches; of several, the one of the last epoch."""
+    if not folder.is_dir():
+        return None
+    found = [entry for entry in folder.iterdir() if (name := _NAME.fullmatch(entry.name)) and int(name[1]) == batch]
+    return max(found, key=lambda entry: int(re.findall(r"\d+", entry.name)[0]), default=None)
