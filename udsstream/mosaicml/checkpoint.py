@@ -48,12 +48,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ResumeError(f"{path}: there is no such checkpoint") from None
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
-        what = (
-            f"it names {named[1]}, which could run code"
-            if named
-            else f"torch's restricted unpickler refuses it ({error})"
-        )
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it names {named[1]}, which could run code" if named else "torch's restricted unpickler refuses it"
         raise ResumeError(f"{path} is not read: {what}. Use a checkpoint that Composer saved in this run") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ResumeError(
