@@ -91,7 +91,7 @@ def test_choices_are_those_of_the_published_formula(streams, tmp_path, monkeypat
     monkeypatch.setattr(OnlineBatchSelection, "_decide", spied)
     trainer = run.trainer()
     trainer.fit()
-    projection = trainer.state.algorithms[0]._scorer.projection
+    projection = trainer.state.algorithms[0].selector.projection
     trainer.close()
 
     gammas = oracles.gamma(projection.vocabulary), oracles.gamma(projection.tokens)

@@ -1,9 +1,9 @@
 """`OnlineBatchSelection`: the Composer algorithm that trains on the most valuable part of every candidate batch.
 
-Only translates: Composer's events into calls of pure functions, tensors into the log's columns. What a score is stands in
-`udsstream/scoring`, how a batch is read and cut in `batch.py`, how hidden states are taken in `trunk.py`.
+Only translates: Composer's events into the selector's calls, its decisions into the log's columns. How candidates are valued and chosen
+stands in `selector.py`, what a score is in `udsstream/scoring`, how a batch is read and cut in `batch.py`.
 
-    B candidates (the data loader's batch), K kept, d components of an embedding
+    K kept, d components of an embedding
 
 Counting: Composer counts samples and tokens before selection, so time, schedules in samples or tokens and throughput count
 *candidates*. State schedules and budgets in batches ("ba").
@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from composer.core import Algorithm, Callback, Event, State, get_precision_context
+from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
-from streaming import StreamingDataset
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from udsstream.config import (
     EmbeddingRecord,
@@ -38,15 +35,8 @@ from udsstream.config import (
     config_difference,
 )
 from udsstream.errors import ConfigError, ResumeError
-from udsstream.mosaicml.batch import (
-    check_candidates,
-    real_tokens,
-    sample_ids_of,
-    scoring_microbatches,
-    take_rows,
-    trim_padding,
-)
-from udsstream.mosaicml.dataset import StreamIdentity, stream_identities
+from udsstream.mosaicml.batch import take_rows, trim_padding
+from udsstream.mosaicml.dataset import StreamIdentity, stream_identities, streaming_dataset_of
 from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_run
@@ -59,13 +49,8 @@ from udsstream.mosaicml.run_log import (
     reopen_log,
 )
 from udsstream.mosaicml.schedule import selects_now
-from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutral
-from udsstream.scoring import methods
-from udsstream.scoring.embedding_buffer import EmbeddingBuffer
+from udsstream.mosaicml.selector import CandidateSelector, unwrapped
 from udsstream.scoring.length_correlation import LengthCorrelation
-from udsstream.scoring.projection import BilinearProjection
-from udsstream.scoring.scorer import CandidateScorer, CandidateScores
-from udsstream.scoring.select import check_finite, top_k
 from udsstream.selection_log.timings import TimingsWriter
 from udsstream.selection_log.writer import SelectionLogWriter
 
@@ -155,14 +140,10 @@ class OnlineBatchSelection(Algorithm):
             Event.FIT_END: self._on_fit_end,
         }
         # Set at FIT_START, when the model and the data loader are there.
-        self._parts: ModelParts | None = None
-        self._scorer: CandidateScorer | None = None
-        self._form: ScoringForm | None = None
-        self._buffer: EmbeddingBuffer | None = None
+        self.selector: CandidateSelector | None = None
         self._writer: SelectionLogWriter | None = None
         self._timings: TimingsWriter | None = None
         self._times: tuple[float, float, float] | None = None
-        self._alpha = 0.0
         self._streams: list[StreamIdentity] = []
         self._run_id: str | None = None
         # Carried through checkpoints.
@@ -191,20 +172,16 @@ class OnlineBatchSelection(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain types, bytes and tensors. While training, everything logged so far is durable first."""
         state: dict[str, Any] = {"version": STATE_VERSION, "config": self.config.as_dict()}
-        if self._buffer is None:  # not training yet: Composer asks for a template
+        if self.selector is None:  # not training yet: Composer asks for a template
             return state
         state["world_size"] = dist.get_world_size()
         state["step"] = self._step
-        state["memory"] = {
-            "rows": self._buffer.oldest_first().cpu(),
-            "pushed": self._buffer.pushed,
-            "digest": self._buffer.digest,
-        }
+        state["memory"] = self.selector.memory_state()
         state["streams"] = [[stream.name, stream.index_sha256] for stream in self._streams]
         state["correlation"] = dict(vars(self._correlation))
         state["rng"] = gather_rng_state()
         if self._writer is not None:
-            anchored = anchor(self._writer, self._step, self._buffer)
+            anchored = anchor(self._writer, self._step, self.selector.buffer)
             state["log"] = {"run_id": self._run_id, **anchored}
             self._unreported[f"selection/log_root/ba{self._step:08d}"] = anchored["merkle_root"].hex()
         return state
@@ -272,42 +249,21 @@ class OnlineBatchSelection(Algorithm):
         self._check_batch_size(state)
 
     def _on_fit_start(self, state: State, logger: Logger) -> None:
-        if self._buffer is not None:  # a second fit() of the same run
+        if self.selector is not None:  # a second fit() of the same run
             return
         self._check_batch_size(state)
-        config = self.config
-        model = _unwrapped(state.model)
-        self._parts = ModelParts(model, **self._module_names)
-        vocab_size = self._parts.vocab_size
-        projection = BilinearProjection.draw(
-            vocab_size=vocab_size,
-            max_seq_len=config.max_seq_len,
-            dims=config.projection_dims,
-            scale=config.projection_scale,
-            seed=config.seed,
-        )
-        self._scorer = CandidateScorer(projection, length_norm=config.length_norm)
-        self._alpha = config.resolved_alpha(vocab_size)
+        model = unwrapped(state.model)
+        self.selector = CandidateSelector(self.config, model, **self._module_names)
         self._step = state.timestamp.batch.value
-        dataset = _streaming_dataset(state)
+        dataset = streaming_dataset_of(state.train_dataloader)
         self._streams = stream_identities(dataset) if dataset is not None else []
-        device = next(model.parameters()).device
-        if self._loaded is None:
-            self._buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=device)
-        else:
+        if self._loaded is not None:
             check_streams(self._loaded["streams"], self._streams)
-            memory = self._loaded["memory"]
-            self._buffer = EmbeddingBuffer.restore(
-                memory["rows"],
-                pushed=memory["pushed"],
-                digest=memory["digest"],
-                capacity=config.buffer_size,
-                device=device,
-            )
-        self._open_log(state, model, vocab_size)
+            self.selector.restore_memory(self._loaded["memory"])
+        self._open_log(state, model, self.selector)
         logger.log_hyperparameters(
-            {f"selection/{name}": value for name, value in config.as_dict().items()}
-            | {"selection/resolved_alpha": self._alpha}
+            {f"selection/{name}": value for name, value in self.config.as_dict().items()}
+            | {"selection/resolved_alpha": self.selector.alpha}
         )
 
     def _on_batch(self, state: State, logger: Logger) -> None:
@@ -362,77 +318,17 @@ class OnlineBatchSelection(Algorithm):
 
     def _decide(self, state: State) -> Decision:
         """Which of the candidates in `state.batch` are kept, and why. Changes nothing."""
-        ids = sample_ids_of(state.batch)
-        mask = real_tokens(state.batch)
-        lengths = check_candidates(state.batch, mask, ids, self.config.max_seq_len)
-        if not selects_now(state, self.config):
-            return Decision(sample_ids=ids, lengths=lengths, kept=list(range(len(ids))))
-        intra = inter = embeddings = None
-        if self.config.method == "random":
-            timestamp = state.timestamp
-            scores = methods.random(
-                len(ids),
-                seed=self.config.seed,
-                epoch=timestamp.epoch.value,
-                batch=timestamp.batch_in_epoch.value,
-            )
-        else:
-            assert self._buffer is not None
-            scored = self._score(state, mask, lengths)
-            embeddings = scored.embeddings
-            intra = scored.intra.cpu()
-            inter = self._buffer.mean_distance(embeddings).cpu()
-            scores = methods.uds(intra, inter, self._alpha)
-        check_finite(scores, ids)
-        return Decision(
-            sample_ids=ids,
-            lengths=lengths,
-            kept=top_k(scores, self.config.kept(len(ids))).tolist(),
-            scores=scores,
-            intra=intra,
-            inter=inter,
-            embeddings=embeddings,
+        assert self.selector is not None
+        return self.selector.decide(
+            state,
+            selects=selects_now(state, self.config),
+            epoch=state.timestamp.epoch.value,
+            batch_in_epoch=state.timestamp.batch_in_epoch.value,
         )
-
-    def _score(self, state: State, mask: Tensor, lengths: list[int]) -> CandidateScores:
-        """intra (B,) and embeddings (B, d) of the candidates, in their order."""
-        assert self._parts is not None
-        assert self._scorer is not None
-        parts = self._parts
-        intra: list[Tensor] = [torch.empty(0)] * len(lengths)
-        embeddings: list[Tensor] = [torch.empty(0)] * len(lengths)
-        with neutral(parts.model), get_precision_context(state.precision, state.precision_config):
-            for rows, packed in scoring_microbatches(state.batch, mask, lengths, self.config.score_microbatch_tokens):
-                on_device = state.device.batch_to_device(packed)
-                if self._form is None:
-                    self._form = choose_form(parts, on_device)
-                    log.info("Candidates are scored as %s.", self._form)
-                matrices = self._matrices(on_device)
-                unpadded = [matrices[place, : lengths[row]] for place, row in enumerate(rows)]
-                # The scores' own arithmetic is not to be autocast: float32 throughout.
-                with torch.autocast(device_type=matrices.device.type, enabled=False):
-                    if self._form.form == "logits":
-                        part = self._scorer.score_logits(unpadded)
-                    else:
-                        part = self._scorer.score_hidden(unpadded, parts.head(self._form), version=parts.head_version())
-                for place, row in enumerate(rows):
-                    intra[row] = part.intra[place]
-                    embeddings[row] = part.embeddings[place]
-        return CandidateScores(intra=torch.stack(intra), embeddings=torch.stack(embeddings))
-
-    def _matrices(self, packed: Mapping[str, Any]) -> Tensor:
-        """Hidden states (b, N, D), or logits (b, N, V) where nothing else will do."""
-        assert self._parts is not None
-        assert self._form is not None
-        if self._form.form != "logits":
-            return self._parts.hidden_states(packed)
-        logits = self._parts.hidden_states_and_logits(packed)[1]
-        assert logits is not None, "choose_form takes the logits form only for a model that shows its logits"
-        return logits
 
     def _remember(self, state: State, decision: Decision) -> None:
         """Adds the decision to the log, and the kept embeddings to the memory."""
-        assert self._buffer is not None
+        assert self.selector is not None
         step, timestamp = state.timestamp.batch.value, state.timestamp
         if self._writer is not None:
             self._writer.append(
@@ -440,31 +336,30 @@ class OnlineBatchSelection(Algorithm):
                 decision.columns(
                     epoch=timestamp.epoch.value,
                     sample_in_epoch=timestamp.sample_in_epoch.value,
-                    dataset=_streaming_dataset(state),
+                    dataset=streaming_dataset_of(state.train_dataloader),
                 ),
             )
         embeddings = decision.kept_embeddings()
         if embeddings is not None:
-            self._push(
+            self.selector.buffer.push(embeddings)
+            self._log_push(
                 step,
                 embeddings,
                 positions=np.array(decision.kept, dtype=np.int32),
                 sample_ids=np.array(decision.sample_ids, dtype=np.int64)[decision.kept],
             )
 
-    def _push(self, step: int, embeddings: Tensor, *, positions: np.ndarray, sample_ids: np.ndarray) -> None:
-        """Adds embeddings (k, d) on the host to the memory and, with the memory's new digest, to the log."""
-        assert self._buffer is not None
-        push_index = self._buffer.pushed
-        self._buffer.push(embeddings)
+    def _log_push(self, step: int, embeddings: Tensor, *, positions: np.ndarray, sample_ids: np.ndarray) -> None:
+        """Adds embeddings (k, d) that were just pushed into the memory to the log, with the memory's new digest."""
+        assert self.selector is not None
         if self._writer is not None:
             self._writer.push(
                 step,
                 positions=positions,
                 sample_ids=sample_ids,
-                push_index=push_index,
+                push_index=self.selector.buffer.pushed - len(embeddings),
                 embeddings=embeddings.numpy(),
-                digest=self._buffer.digest,
+                digest=self.selector.buffer.digest,
             )
 
     def _length_metric(self, decision: Decision) -> dict[str, float]:
@@ -489,9 +384,8 @@ class OnlineBatchSelection(Algorithm):
 
     # The log ----------------------------------------------------------------------------------------------------------
 
-    def _open_log(self, state: State, model: nn.Module, vocab_size: int) -> None:
+    def _open_log(self, state: State, model: nn.Module, selector: CandidateSelector) -> None:
         """Opens the log, new or the one to go on with, and fills a new run's memory from a former run's if asked to."""
-        assert self._buffer is not None
         config = self.config
         anchored = None if self._loaded is None else self._loaded.get("log")
         if self._loaded is not None and (anchored is None) != (self.log_dir is None):
@@ -506,13 +400,13 @@ class OnlineBatchSelection(Algorithm):
             )
         memory = origin = None
         if self.warm_start is not None and self._loaded is None:
-            check_same_projection(self.warm_start, config, vocab_size)
+            check_same_projection(self.warm_start, config, selector.vocab_size)
             memory, origin = former_memory(self.warm_start, config.embedding_dim)
         if self.log_dir is not None and self._writer is None:
             description = describe_run(
                 config=config,
-                alpha=self._alpha,
-                vocab_size=vocab_size,
+                alpha=selector.alpha,
+                vocab_size=selector.vocab_size,
                 model=model,
                 streams=self._streams,
                 loader=_loader_facts(state),
@@ -525,14 +419,9 @@ class OnlineBatchSelection(Algorithm):
         if self.log_dir is not None and dist.get_global_rank() == 0:
             self._timings = TimingsWriter(self.log_dir)
         if memory is not None:
-            count = min(len(memory.embeddings), config.buffer_size)
-            rows = torch.from_numpy(np.array(memory.embeddings[-count:], dtype=np.float32))
-            self._push(
-                -1,
-                rows,
-                positions=np.full(count, -1, dtype=np.int32),
-                sample_ids=np.full(count, -1, dtype=np.int64),
-            )
+            rows = selector.take_over(memory.embeddings)
+            nobody = np.full(len(rows), -1)
+            self._log_push(-1, rows, positions=nobody.astype(np.int32), sample_ids=nobody)
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
@@ -559,10 +448,6 @@ class _ClosesWithTrainer(Callback):
         self._algorithm.close()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def _loader_facts(state: State) -> dict[str, Any]:
     """What run.json says of the data loader; None where Composer cannot tell."""
     batch_size = getattr(state.train_dataloader, "batch_size", None)
@@ -571,8 +456,3 @@ def _loader_facts(state: State) -> dict[str, Any]:
         "batches_per_epoch": None if state.dataloader_len is None else int(state.dataloader_len),
         "max_duration": None if state.max_duration is None else state.max_duration.to_timestring(),
     }
-
-
-def _streaming_dataset(state: State) -> StreamingDataset | None:
-    dataset = getattr(state.train_dataloader, "dataset", None)
-    return dataset if isinstance(dataset, StreamingDataset) else None

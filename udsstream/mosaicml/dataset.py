@@ -27,7 +27,15 @@ from streaming.base.hashing import get_hash
 
 from udsstream.errors import DataError, ShardError
 
-__all__ = ["SampleLocation", "StreamIdentity", "UDSStreamingDataset", "locate", "stream_identities", "verify_shards"]
+__all__ = [
+    "SampleLocation",
+    "StreamIdentity",
+    "UDSStreamingDataset",
+    "locate",
+    "stream_identities",
+    "streaming_dataset_of",
+    "verify_shards",
+]
 
 _SHARED_MEMORY_TRIES = 20
 """How often a data set is made anew when another job took the shared memory that it was about to take."""
@@ -205,6 +213,12 @@ class StreamIdentity:
     """Samples drawn from it in each epoch: more than `samples` where it is repeated, fewer where only a part is drawn."""
     index_sha256: str
     """SHA-256, in hexadecimal, of the stream's index file, which names every shard with its size, rows and hashes."""
+
+
+def streaming_dataset_of(loader: object) -> StreamingDataset | None:
+    """The StreamingDataset behind a data loader; None when it reads from something else."""
+    dataset = getattr(loader, "dataset", None)
+    return dataset if isinstance(dataset, StreamingDataset) else None
 
 
 def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
