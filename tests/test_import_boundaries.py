@@ -55,8 +55,9 @@ def trespassers(loaded: set[str], forbidden: set[str]) -> set[str]:
         (modules_of("udsstream.cli"), HEAVY),
         (modules_of("udsstream.scoring"), SCORING),
         (modules_of("udsstream.selection_log"), LOG),
+        (modules_of("udsstream.audit"), LOG),
     ],
-    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log"],
+    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log", "audit"],
 )
 def test_a_layer_loads_nothing_that_it_must_not_know(modules, forbidden):
     assert trespassers(loaded_by("\n".join(f"import {name}" for name in modules)), forbidden) == set()

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from udsstream.cli.audit import audit
 from udsstream.cli.bench import bench
 from udsstream.cli.demo import demo
 from udsstream.cli.log import log
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, log, bench, demo):
+for command in (train, log, audit, bench, demo):
     app.command()(command)
 
 
