@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -124,12 +124,11 @@ class Ledger:
         if self.found[finding.check] <= FINDINGS_KEPT:
             self.findings.append(finding)
 
-    def find_each(self, check: str, places: np.ndarray | Iterable[int], describe: Callable[[int], Finding]) -> None:
+    def find_each(self, check: str, places: np.ndarray, describe: Callable[[int], Finding]) -> None:
         """A finding for each place; only those that are kept are put into words."""
-        places = np.asarray(places).tolist()
         room = max(0, FINDINGS_KEPT - self.found[check])
-        self.findings += [describe(place) for place in places[:room]]
-        if places:
+        self.findings += [describe(place) for place in places[:room].tolist()]
+        if len(places):
             self.found[check] += len(places)
 
     def check(self, sentence: str) -> None:
