@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer import Trainer
+from composer.core import Algorithm
 from composer.models import HuggingFaceModel
 from composer.utils import dist, reproducibility
 from peft import LoraConfig
@@ -19,7 +20,7 @@ from streaming import MDSWriter, Stream
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from udsstream import OnlineBatchSelection, UDSStreamingDataset
+from udsstream import OnlineBatchSelection, ReplaySelection, UDSStreamingDataset
 
 VOCABULARY = 97
 
@@ -91,8 +92,8 @@ class TinyRun:
     """Settings of OnlineBatchSelection over the tiny defaults; None: train without it."""
     log: bool = True
 
-    def trainer(self, **overrides: Any) -> Trainer:
-        """Builds the Trainer; `overrides` go to it as they are."""
+    def trainer(self, *, replay: ReplaySelection | None = None, **overrides: Any) -> Trainer:
+        """Builds the Trainer; `overrides` go to it as they are. `replay`: reads what that algorithm's log names, instead of selecting."""
         torch.set_num_threads(1)  # matrices this small only wait for the second thread
         dist.initialize_dist("cpu")
         reproducibility.seed_all(5)
@@ -103,17 +104,20 @@ class TinyRun:
             batch_size=self.batch_size,
             num_canonical_nodes=1,
         )
-        loader = DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.workers,
-            timeout=60 if self.workers else 0,
+        workers = {
+            "collate_fn": collate,
+            "num_workers": self.workers,
+            "timeout": 60 if self.workers else 0,
             # A process that was itself spawned would spawn its workers too, and wait for their imports.
-            multiprocessing_context="fork" if self.workers else None,
-        )
-        algorithms = []
-        if self.selection is not None:
+            "multiprocessing_context": "fork" if self.workers else None,
+        }
+        algorithms: list[Algorithm] = []
+        if replay is not None:
+            loader = replay.dataloader(dataset, **workers)
+            algorithms = [replay]
+        else:
+            loader = DataLoader(dataset, batch_size=self.batch_size, **workers)
+        if self.selection is not None and replay is None:
             settings = {"keep": 0.25, "max_seq_len": 32, "projection_dims": (16, 4), "buffer_size": 13} | self.selection
             log_dir = Path(self.folder) / "log" if self.log else None
             algorithms = [OnlineBatchSelection(log_dir=log_dir, autoresume=self.autoresume, **settings)]
@@ -142,9 +146,9 @@ class TinyRun:
         }
         return Trainer(**settings)
 
-    def run(self) -> dict[str, torch.Tensor]:
-        """Trains to the end; the trainable weights."""
-        trainer = self.trainer()
+    def run(self, *, replay: ReplaySelection | None = None, **overrides: Any) -> dict[str, torch.Tensor]:
+        """Trains to the end; the trainable weights. The arguments are those of `trainer`."""
+        trainer = self.trainer(replay=replay, **overrides)
         if (
             trainer.state.timestamp < self.duration
         ):  # else it was killed after its last checkpoint; Composer would refuse

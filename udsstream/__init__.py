@@ -12,13 +12,22 @@ if TYPE_CHECKING:
     from udsstream.config import SelectionConfig
     from udsstream.mosaicml.algorithm import OnlineBatchSelection
     from udsstream.mosaicml.dataset import UDSStreamingDataset
+    from udsstream.mosaicml.replay import ReplaySelection
     from udsstream.selection_log.reader import SelectionLog
 
 __version__ = "0.1.0"
-__all__ = ["OnlineBatchSelection", "SelectionConfig", "SelectionLog", "UDSStreamingDataset", "__version__"]
+__all__ = [
+    "OnlineBatchSelection",
+    "ReplaySelection",
+    "SelectionConfig",
+    "SelectionLog",
+    "UDSStreamingDataset",
+    "__version__",
+]
 
 _HOME = {
     "OnlineBatchSelection": "udsstream.mosaicml.algorithm",
+    "ReplaySelection": "udsstream.mosaicml.replay",
     "SelectionConfig": "udsstream.config",
     "SelectionLog": "udsstream.selection_log.reader",
     "UDSStreamingDataset": "udsstream.mosaicml.dataset",

@@ -35,6 +35,7 @@ __all__ = [
     "stream_identities",
     "streaming_dataset_of",
     "verify_shards",
+    "with_sample_id",
 ]
 
 _SHARED_MEMORY_TRIES = 20
@@ -89,7 +90,7 @@ class UDSStreamingDataset(StreamingDataset):
             # Once a background thread has failed, Streaming refuses every sample; the thread's own error names the shard.
             stopped = hasattr(self, "_event") and self._event.is_set()
             raise (self._failure if stopped else None) or self._shard_error(sample_id, error) from error
-        return _with_sample_id(sample, sample_id)
+        return with_sample_id(sample, sample_id)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Downloads or decompresses a shard. A failure is remembered and ends the iteration.
@@ -112,7 +113,7 @@ class UDSStreamingDataset(StreamingDataset):
     def __iter__(self) -> Iterator[Any]:
         """The samples of this epoch's partition; ends only when all of them came."""
         for item in super().__iter__():
-            yield _with_sample_id(item, self._yielding)
+            yield with_sample_id(item, self._yielding)
         event = getattr(self, "_event", None)
         if event is not None and event.is_set():
             raise self._failure or ShardError(
@@ -167,7 +168,8 @@ class UDSStreamingDataset(StreamingDataset):
         )
 
 
-def _with_sample_id(sample: Any, sample_id: int) -> Any:
+def with_sample_id(sample: Any, sample_id: int) -> Any:
+    """The sample, with its id put in if it is missing; DataError when it is no mutable mapping."""
     if not isinstance(sample, MutableMapping):
         raise DataError(
             f"sample {sample_id} is a {type(sample).__name__}, but must be a dict, so that 'sample_id' can travel with it to the log; "

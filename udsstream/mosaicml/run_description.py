@@ -19,7 +19,7 @@ from torch import nn
 from udsstream.config import SelectionConfig
 from udsstream.mosaicml.dataset import StreamIdentity
 
-__all__ = ["describe_run"]
+__all__ = ["describe_model", "describe_run", "library_versions"]
 
 _VERSIONS_OF = ("udsstream", "torch", "mosaicml", "mosaicml-streaming", "transformers", "peft", "pyarrow", "numpy")
 
@@ -41,8 +41,6 @@ def describe_run(
     Args:
         loader: `batch_size` (candidates per step and rank), `batches_per_epoch` and `max_duration`; None where it is not known.
     """
-    hf_config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
-    tokenizer = getattr(model, "tokenizer", None)
     return {
         "run_id": uuid.uuid4().hex,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -52,18 +50,32 @@ def describe_run(
         "vocab_size": vocab_size,
         "streams": [dataclasses.asdict(stream) | {"licence": "unknown", "date": "unknown"} for stream in streams],
         "loader": dict(loader),
+        **describe_model(model),
+        "seeds": {"selection": config.seed, "training": train_seed},
+        "warm_start": warm_start,
+        "world_size": world_size,
+        "git_revision": _git_revision(),
+        "versions": library_versions(),
+    }
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """`model` (class, name, revision) and `tokenizer`, as far as a Hugging Face configuration tells them."""
+    hf_config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    tokenizer = getattr(model, "tokenizer", None)
+    return {
         "model": {
             "class": type(model).__name__,
             "name": str(getattr(hf_config, "_name_or_path", "") or "unknown"),
             "revision": str(getattr(hf_config, "_commit_hash", None) or "unknown"),
         },
         "tokenizer": str(getattr(tokenizer, "name_or_path", "") or "unknown"),
-        "seeds": {"selection": config.seed, "training": train_seed},
-        "warm_start": warm_start,
-        "world_size": world_size,
-        "git_revision": _git_revision(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS_OF},
     }
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of every library that training depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS_OF}
 
 
 def _version(distribution: str) -> str:
