@@ -56,3 +56,27 @@ def _recorded(name: str | None = None, create: bool = False, size: int = 0) -> A
     block = _recorded.original(name, create, size)
     _blocks.append((block, create))
     return block
+
+
+# A training job from a configuration file (tests/jobs.py) ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    import jobs
+
+    return jobs.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    import jobs
+
+    return jobs.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config_file(model, data, tmp_path) -> Path:
+    import jobs
+
+    return jobs.write_config(tmp_path, model, data)

@@ -1,10 +1,4 @@
-"""A training job from its configuration: model, streams, selection and Composer's Trainer, and what is left in the run's folder.
-
-    save_folder/
-        config.yaml      the configuration, as validated
-        run.json, selection/, embeddings/, _state/, _heads/     the selection log
-        checkpoints/     Composer's
-        summary.json     written last: a run with it is finished
+"""A training job from its configuration: model, streams, selection and Composer's Trainer. (The run's folder: `run_folder.py`.)
 
 What is not here: any choice about scores or batches (`udsstream/mosaicml`).
 """
@@ -12,14 +6,14 @@ What is not here: any choice about scores or batches (`udsstream/mosaicml`).
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec, Evaluator
+from composer.core import Algorithm, Callback, DataSpec, Evaluator
 from composer.metrics.nlp import LanguageCrossEntropy
 from composer.models import HuggingFaceModel
 from composer.optim import (
@@ -31,29 +25,32 @@ from composer.optim import (
     LinearWithWarmupScheduler,
 )
 from composer.utils import dist, reproducibility
-from omegaconf import OmegaConf
 from streaming import Stream
 from torch.utils.data import DataLoader
 
-from udsstream.errors import DataError, LogExistsError, ModelError, ResumeError
+from udsstream.errors import DataError, ModelError
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
-from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
+from udsstream.mosaicml.replay import ReplaySelection
+from udsstream.mosaicml.rng_state import NeutralEvaluation
 from udsstream.run_config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
     RunConfig,
     SchedulerConfig,
-    config_changes,
-    load_run_config,
 )
+from udsstream.run_folder import SUMMARY, claim_folder, write_atomically
 from udsstream.sft import SFTCollator, num_tokens
 
-__all__ = ["TrainingResult", "build_model", "build_trainer", "is_finished", "train"]
+__all__ = [
+    "TrainingResult",
+    "build_model",
+    "build_trainer",
+    "eval_loss",
+    "train",
+]
 
-_CONFIG = "config.yaml"
-_SUMMARY = "summary.json"
 _EVAL_METRIC = "LanguageCrossEntropy"
 
 
@@ -77,7 +74,7 @@ def train(config: RunConfig) -> TrainingResult:
         UdsstreamError: see `udsstream.errors`.
     """
     folder = Path(config.save_folder)
-    _claim_folder(folder, config)
+    claim_folder(folder, config)
     trainer = build_trainer(config)
     try:
         before = _initial_loss(trainer, config, folder)
@@ -89,29 +86,39 @@ def train(config: RunConfig) -> TrainingResult:
             save_folder=str(folder),
             batches=trainer.state.timestamp.batch.value,
             eval_loss_before=before,
-            eval_loss_after=_eval_loss(trainer) if config.eval is not None else None,
+            eval_loss_after=eval_loss(trainer) if config.eval is not None else None,
         )
     finally:
         trainer.close()
-    _write_atomically(folder / _SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+    write_atomically(folder / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
     return result
 
 
-def is_finished(save_folder: Path) -> bool:
-    """Whether the run in this folder came to its end."""
-    return (save_folder / _SUMMARY).exists()
+def build_trainer(
+    config: RunConfig,
+    *,
+    replay: ReplaySelection | None = None,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """The Trainer of a run, with its checkpoint loaded if there is one to resume from.
 
-
-def build_trainer(config: RunConfig) -> Trainer:
-    """The Trainer of a run, with its checkpoint loaded if there is one to resume from."""
+    Args:
+        config: the job.
+        replay: trains on what its log names, instead of selecting.
+        checkpoint: to begin from, whole; where there is none to resume from.
+        callbacks: in addition.
+    """
     device = config.device or ("gpu" if torch.cuda.is_available() else "cpu")
     # Before any data set is made: Streaming would otherwise start torch.distributed in its own way, and now and then fail.
     dist.initialize_dist(device)
     reproducibility.seed_all(config.seed)
     model = build_model(config.model)
     folder = Path(config.save_folder)
-    algorithms = []
-    if config.selection is not None:
+    algorithms: list[Algorithm] = []
+    if replay is not None:
+        algorithms = [replay]
+    elif config.selection is not None:
         algorithms = [
             OnlineBatchSelection(
                 **config.selection,
@@ -129,13 +136,14 @@ def build_trainer(config: RunConfig) -> Trainer:
     )
     return Trainer(
         model=model,
-        train_dataloader=_train_loader(config, model),
+        train_dataloader=_train_loader(config, model, replay),
         eval_dataloader=_evaluator(config.eval, config, model) if config.eval is not None else None,
         eval_interval=config.eval.interval if config.eval is not None else 1,
         optimizers=optimizer,
         schedulers=_scheduler(config.scheduler),
         max_duration=config.max_duration,
         algorithms=algorithms + _clipping(config.gradient_clip_norm),
+        callbacks=[NeutralEvaluation(), *callbacks],
         seed=config.seed,
         device=device,
         precision=config.precision,
@@ -147,8 +155,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         save_overwrite=config.autoresume,
         autoresume=config.autoresume,
-        load_path=config.load_path,
-        load_weights_only=True,
+        load_path=config.load_path if checkpoint is None else str(checkpoint),
+        load_weights_only=checkpoint is None,
         progress_bar=config.progress_bar,
         auto_log_hparams=False,
     )
@@ -198,32 +206,7 @@ def build_model(config: ModelConfig) -> HuggingFaceModel:
     )
 
 
-def _claim_folder(folder: Path, config: RunConfig) -> None:
-    """Writes the configuration into a new run's folder, or checks that the run that is there is this one."""
-    recorded = folder / _CONFIG
-    if not recorded.exists():
-        if (folder / "run.json").exists():
-            raise LogExistsError(
-                f"{folder} holds the log of a run that was not started from a configuration; choose another save_folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(recorded, OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump()))))
-        return
-    if not config.autoresume:
-        raise LogExistsError(
-            f"{folder} already holds a run ({'finished' if is_finished(folder) else 'unfinished'}); "
-            "choose another save_folder, or go on with it: autoresume=true"
-        )
-    changes = config_changes(load_run_config(recorded), config)
-    if changes:
-        raise ResumeError(
-            f"the run in {folder} was started with another configuration:\n  "
-            + "\n  ".join(changes)
-            + "\nresume with the old values, or choose another save_folder"
-        )
-
-
-def _train_loader(config: RunConfig, model: HuggingFaceModel) -> DataSpec:
+def _train_loader(config: RunConfig, model: HuggingFaceModel, replay: ReplaySelection | None) -> DataSpec:
     data = config.data
     dataset = UDSStreamingDataset(
         streams=_streams(data),
@@ -237,12 +220,13 @@ def _train_loader(config: RunConfig, model: HuggingFaceModel) -> DataSpec:
     )
     if data.verify_data:
         verify_shards(dataset)
-    loader = DataLoader(
-        dataset,
-        batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        timeout=data.timeout if data.num_workers else 0,
-        collate_fn=_collator(data, config.max_seq_len, model),
+    workers = {
+        "num_workers": data.num_workers,
+        "timeout": data.timeout if data.num_workers else 0,
+        "collate_fn": _collator(data, config.max_seq_len, model),
+    }
+    loader = (
+        replay.dataloader(dataset, **workers) if replay else DataLoader(dataset, batch_size=data.batch_size, **workers)
     )
     return DataSpec(loader, get_num_tokens_in_batch=num_tokens)
 
@@ -345,29 +329,12 @@ def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | 
         return json.loads(remembered.read_text())["loss"]
     if trainer.state.timestamp.batch.value > 0:
         return None
-    # Evaluating draws from the global generators (the DataLoader's seed); training must not depend on whether it was done.
-    before = gather_rng_state()
     trainer.eval()
-    load_rng_state(before)
-    loss = _eval_loss(trainer)
-    _write_atomically(remembered, json.dumps({"loss": loss}) + "\n")
+    loss = eval_loss(trainer)
+    write_atomically(remembered, json.dumps({"loss": loss}) + "\n")
     return loss
 
 
-def _eval_loss(trainer: Trainer) -> float:
+def eval_loss(trainer: Trainer) -> float:
+    """The held-out loss of the last evaluation, in nats per token."""
     return float(trainer.state.eval_metrics["held_out"][_EVAL_METRIC].compute())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

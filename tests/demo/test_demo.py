@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from udsstream import SelectionLog, pipeline
+from udsstream import SelectionLog
 from udsstream.demo import main, smollm2
 from udsstream.errors import ConfigError
+from udsstream.run_folder import is_finished, unfinished_folder
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,15 +24,15 @@ def has_smollm2() -> bool:
 
 def test_a_finished_run_is_left_alone_and_an_interrupted_one_gone_on_with(tmp_path):
     base = tmp_path / "demo"
-    assert main.choose_run_folder(base) == base
+    assert unfinished_folder(base, is_finished) == base
     base.mkdir()
     (base / "run.json").touch()
-    assert main.choose_run_folder(base) == base
+    assert unfinished_folder(base, is_finished) == base
     (base / "summary.json").touch()
-    assert main.choose_run_folder(base) == tmp_path / "demo-2"
+    assert unfinished_folder(base, is_finished) == tmp_path / "demo-2"
     (tmp_path / "demo-2").mkdir()
     (tmp_path / "demo-2" / "summary.json").touch()
-    assert main.choose_run_folder(base) == tmp_path / "demo-3"
+    assert unfinished_folder(base, is_finished) == tmp_path / "demo-3"
 
 
 @pytest.mark.slow
@@ -40,7 +41,7 @@ def test_the_demo_shortened(tmp_path, capfd):
     shorter = ["max_duration=3ba", "eval.max_batches=1", "eval.batch_size=2", "data.batch_size=4", "selection.keep=1"]
     run = main.run_demo(tmp_path, ROOT / "pipelines" / "demo.yaml", shorter)
     assert run == tmp_path / "demo"
-    assert pipeline.is_finished(run)
+    assert is_finished(run)
     out = capfd.readouterr().out
     assert "3 (25%)" in out
     assert "held-out loss, before → after" in out

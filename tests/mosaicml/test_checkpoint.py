@@ -11,7 +11,7 @@ import torch
 from tiny import TinyRun, write_stream
 
 from udsstream.errors import ResumeError
-from udsstream.mosaicml.checkpoint import checkpoint_at, model_weights, read_checkpoint, selection_state
+from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint, selection_state
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,7 @@ class Shell:
 
 
 def test_a_checkpoint_of_a_selecting_run(run):
-    path = checkpoint_at(run / "checkpoints", 4)
-    assert path is not None
+    path = checkpoints_in(run / "checkpoints")[4]
     loaded = read_checkpoint(path)
     state = selection_state(loaded)
     assert state is not None
@@ -46,18 +45,16 @@ def test_a_checkpoint_of_a_selecting_run(run):
     assert all(torch.equal(weights[name], in_earnest[name]) for name in weights)
 
 
-def test_the_checkpoint_of_a_batch(run, tmp_path):
-    folder = run / "checkpoints"
-    assert [checkpoint_at(folder, batch) is None for batch in (1, 2, 3, 4)] == [True, False, True, False]
-    assert checkpoint_at(tmp_path / "none", 2) is None
-    for name in ("ep0-ba7-rank0.pt", "ep10-ba7-rank0.pt", "ep2-ba7-rank0.pt", "ep3-ba7-rank1.pt", "latest-rank0.pt"):
+def test_the_checkpoints_of_a_folder(run, tmp_path):
+    assert list(checkpoints_in(run / "checkpoints")) == [2, 4]
+    assert checkpoints_in(tmp_path / "none") == {}
+    for name in ("ep0-ba7-rank0.pt", "ep10-ba7-rank0.pt", "ep2-ba7-rank0.pt", "ep3-ba9-rank1.pt", "latest-rank0.pt"):
         (tmp_path / name).touch()
-    assert checkpoint_at(tmp_path, 7) == tmp_path / "ep10-ba7-rank0.pt"
+    assert checkpoints_in(tmp_path) == {7: tmp_path / "ep10-ba7-rank0.pt"}
 
 
 def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
-    path = checkpoint_at(run / "checkpoints", 4)
-    assert path is not None
+    path = checkpoints_in(run / "checkpoints")[4]
     hostile = torch.load(path, weights_only=False)
     hostile["state"]["callbacks"] = {"x": Shell(tmp_path / "mark")}
     torch.save(hostile, tmp_path / "hostile.pt")
@@ -72,8 +69,7 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
 
 
 def test_an_algorithm_that_composer_would_evaluate_is_refused(run, tmp_path):
-    path = checkpoint_at(run / "checkpoints", 4)
-    assert path is not None
+    path = checkpoints_in(run / "checkpoints")[4]
     hostile = torch.load(path, weights_only=False)
     hostile["state"]["algorithms"].append(("Alibi", {"repr": "__import__('os').system('true')"}))
     torch.save(hostile, tmp_path / "hostile.pt")
@@ -82,8 +78,7 @@ def test_an_algorithm_that_composer_would_evaluate_is_refused(run, tmp_path):
 
 
 def test_what_is_no_checkpoint_is_named(run, tmp_path):
-    path = checkpoint_at(run / "checkpoints", 4)
-    assert path is not None
+    path = checkpoints_in(run / "checkpoints")[4]
     (tmp_path / "torn.pt").write_bytes(path.read_bytes()[:-5000])
     (tmp_path / "empty.pt").touch()
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
@@ -102,6 +97,5 @@ def test_what_is_no_checkpoint_is_named(run, tmp_path):
 def test_a_run_without_selection_has_no_state_of_it(run, tmp_path):
     stream = str(run / "stream")
     TinyRun(streams=(stream,), folder=str(tmp_path), duration="2ba", save_interval="2ba", selection=None).run()
-    path = checkpoint_at(tmp_path / "checkpoints", 2)
-    assert path is not None
+    path = checkpoints_in(tmp_path / "checkpoints")[2]
     assert selection_state(read_checkpoint(path)) is None

@@ -9,19 +9,9 @@ from rich.console import Console
 
 from udsstream.demo import smollm2, stdlib_docstrings
 from udsstream.run_config import load_run_config
+from udsstream.run_folder import is_finished, unfinished_folder
 
-__all__ = ["choose_run_folder", "run_demo"]
-
-
-def choose_run_folder(base: Path) -> Path:
-    """`base`, or the first of `base-2`, `base-3`, … that does not hold a finished run: an interrupted one is gone on with."""
-    from udsstream.pipeline import is_finished
-
-    folder, number = base, 1
-    while is_finished(folder):
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+__all__ = ["run_demo"]
 
 
 def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
@@ -37,7 +27,7 @@ def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
     from udsstream import pipeline
     from udsstream.run_summary import print_summary
 
-    run = choose_run_folder(folder / "demo")
+    run = unfinished_folder(folder / "demo", is_finished)
     settings = load_run_config(
         config,
         [

@@ -21,9 +21,9 @@ from torch.torch_version import TorchVersion
 
 from udsstream.errors import ResumeError
 
-__all__ = ["checkpoint_at", "model_weights", "read_checkpoint", "selection_state"]
+__all__ = ["checkpoints_in", "model_weights", "read_checkpoint", "selection_state"]
 
-_NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 
 
 def _harmless() -> list[Any]:
@@ -87,9 +87,12 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in checkpoint["state"]["model"].items() if isinstance(value, torch.Tensor)}
 
 
-def checkpoint_at(folder: Path, batch: int) -> Path | None:
-    """The checkpoint that Composer saved in this folder after `batch` batches; of several, the one of the last epoch."""
-    if not folder.is_dir():
-        return None
-    found = [entry for entry in folder.iterdir() if (name := _NAME.fullmatch(entry.name)) and int(name[1]) == batch]
-    return max(found, key=lambda entry: int(re.findall(r"\d+", entry.name)[0]), default=None)
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints that Composer saved in a folder by the number of batches before them; of several, the one of the last epoch."""
+    found: dict[int, tuple[int, Path]] = {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if name := _NAME.fullmatch(entry.name):
+            epoch, batch = int(name[1]), int(name[2])
+            if batch not in found or found[batch][0] < epoch:
+                found[batch] = (epoch, entry)
+    return {batch: path for batch, (_, path) in sorted(found.items())}

@@ -63,6 +63,7 @@ class ReplaySelection(Algorithm):
     Attributes:
         differences: what is known to be other than in the original, one line each; while it is empty, equal weights are expected.
         tally: with `verify`, what was found.
+        offset: step of the log that is Composer's batch 0.
 
     Raises:
         LogError: the log cannot be read.
@@ -104,8 +105,8 @@ class ReplaySelection(Algorithm):
         self._selector: CandidateSelector | None = None
         self.differences: list[str] = []
         self.tally = Tally() if verify else None
-        # Log step of Composer's batch 0. Not 0 where the replay begins behind the log's first step with fresh weights.
-        self._offset = 0 if self._original is not None else self.decisions.first
+        # Not 0 where the replay begins behind the log's first step with fresh weights.
+        self.offset = 0 if self._original is not None else self.decisions.first
         self._pending_rng: list[dict[str, Any]] | None = None if self._original is None else self._original["rng"]
         self._memory: Mapping[str, Any] | None = None if self._original is None else self._original["memory"]
         self._resumed = False
@@ -166,7 +167,7 @@ class ReplaySelection(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted replay needs to go on, as plain types, bytes and tensors."""
-        state: dict[str, Any] = {"version": STATE_VERSION, "run_id": self.log.run["run_id"], "offset": self._offset}
+        state: dict[str, Any] = {"version": STATE_VERSION, "run_id": self.log.run["run_id"], "offset": self.offset}
         state["rng"] = gather_rng_state()
         if self._selector is not None and self.tally is not None:
             state["memory"] = self._selector.memory_state()
@@ -185,7 +186,7 @@ class ReplaySelection(Algorithm):
                 f"the checkpoint belongs to a replay of run {state.get('run_id')} (version {state.get('version')}), but {self.log.root} "
                 f"holds run {self.log.run['run_id']} (version {STATE_VERSION})"
             )
-        if state["offset"] != self._offset or ("tally" in state) != self.verify:
+        if state["offset"] != self.offset or ("tally" in state) != self.verify:
             raise ReplayError(
                 "the checkpoint belongs to a replay of other steps, or one with"
                 f"{'out' if self.verify else ''} verify; go on with the settings that it had"
@@ -256,7 +257,7 @@ class ReplaySelection(Algorithm):
 
     def _on_batch(self, state: State, logger: Logger) -> None:
         self._restore_rng(state, logger)
-        logged = self.decisions[state.timestamp.batch.value + self._offset]
+        logged = self.decisions[state.timestamp.batch.value + self.offset]
         if (found := sample_ids_of(state.batch)) != logged.sample_ids:
             raise ReplayError(
                 f"step {logged.step}: the batch holds the samples {found}, but the log names {logged.sample_ids}, in this order; the "
@@ -273,7 +274,7 @@ class ReplaySelection(Algorithm):
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
         del logger
-        if state.timestamp.batch.value + self._offset >= self.decisions.stop:
+        if state.timestamp.batch.value + self.offset >= self.decisions.stop:
             state.stop_training()
 
     def _restore_rng(self, state: State, logger: Logger) -> None:
@@ -287,7 +288,7 @@ class ReplaySelection(Algorithm):
 
     def _go_to(self, state: State) -> None:
         assert self._steps is not None
-        self._steps.go_to(state.timestamp.batch.value + self._offset)
+        self._steps.go_to(state.timestamp.batch.value + self.offset)
 
     def _check_lengths(self, state: State, logged: LoggedStep) -> None:
         lengths = real_tokens(state.batch).sum(dim=1).tolist()
@@ -372,8 +373,8 @@ class ReplaySelection(Algorithm):
         for library in ("torch", "mosaicml", "transformers", "peft", "numpy"):
             old[library], new[library] = run.get("versions", {}).get(library), versions[library]
         lines = [f"{name}: was {old[name]!r}, is {new[name]!r}" for name in old if old[name] != new[name]]
-        if self._offset:
-            lines.append(f"it begins at step {self._offset} without the checkpoint that the run had saved there")
+        if self.offset:
+            lines.append(f"it begins at step {self.offset} without the checkpoint that the run had saved there")
         return lines
 
     def _selector_of_the_run(self, model: Any) -> CandidateSelector:
@@ -383,9 +384,9 @@ class ReplaySelection(Algorithm):
         selector = CandidateSelector(config, model, **self._module_names)
         if self._memory is not None:
             selector.restore_memory(self._memory)
-        elif self._offset > 0:
+        elif self.offset > 0:
             raise ReplayError(
-                f"the decisions from step {self._offset} on cannot be made again without the weights that made them: give the checkpoint "
+                f"the decisions from step {self.offset} on cannot be made again without the weights that made them: give the checkpoint "
                 "of that step (checkpoint=, and load_path to the Trainer), or begin at step 0"
             )
         elif run.get("warm_start"):

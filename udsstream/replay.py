@@ -1,0 +1,267 @@
+"""A training job again, from its folder: the same weights without a scorer, or the same decisions made anew and compared.
+
+    out/
+        config.yaml      the configuration that was replayed, with what was changed
+        checkpoints/     Composer's
+        replay.json      what was replayed; with "finished": true, what came of it
+
+The run's own folder is only read; it may have been sent by somebody (see `udsstream/mosaicml/checkpoint.py`). What is not here: how a
+log becomes batches (`udsstream/mosaicml/replay.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from udsstream.errors import ConfigError, ReplayError
+from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
+from udsstream.mosaicml.replay import ReplaySelection
+from udsstream.pipeline import build_trainer, eval_loss
+from udsstream.run_config import RunConfig, StreamConfig, config_changes, load_run_config
+from udsstream.run_folder import CONFIG, claim_folder, unfinished_folder, write_atomically
+from udsstream.selection_log.reader import SelectionLog
+
+__all__ = ["ReplayResult", "WeightsComparison", "replay"]
+
+_REPLAY = "replay.json"
+
+_SAME_DATA = ("data.streams", "data.streams_root", "data.num_workers", "data.timeout", "data.predownload")
+_SAME_DATA += ("data.cache_limit", "data.validate_hash", "data.verify_data")
+"""Keys that may change without changing what is trained on: the streams are known by the digests of their indexes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsComparison:
+    """The weights at some step against those in the original's checkpoint of that step."""
+
+    step: int
+    checkpoint: str
+    tensors: int
+    different: int
+    """Tensors that are not the same bit for bit."""
+    largest_difference: float
+    """Largest absolute difference of two weights; infinite when a tensor is missing or has another shape."""
+
+    @property
+    def identical(self) -> bool:
+        """Whether all are the same bit for bit."""
+        return self.different == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayResult:
+    """What came of a replay."""
+
+    run: str
+    run_id: str
+    save_folder: str
+    first: int
+    stop: int
+    """Steps `first` to before `stop` were replayed."""
+    differences: list[str]
+    """What is known to be other than in the original; while it is empty, equal weights are expected."""
+    weights: WeightsComparison | None
+    """None: the original left no checkpoint at a step that was replayed."""
+    verification: dict[str, Any] | None
+    """With `verify`: the fields of `udsstream.mosaicml.replay_check.Tally`."""
+    step_seconds: float | None
+    """Median, of the steps that this process replayed, after their batch was loaded; for the original's see `timings.jsonl`."""
+    eval_loss_after: float | None
+
+    @property
+    def verdict(self) -> Literal["identical", "different", "diverged", "re-used", "not compared"]:
+        """`diverged`: a decision made again was not the logged one. `different`: the weights are not the original's although nothing is
+        known to differ. `re-used`: equality was not to be expected."""
+        if self.verification is not None and self.verification["agreed"] < self.verification["steps"]:
+            return "diverged" if not self.differences else "re-used"
+        if self.weights is not None and self.weights.identical:
+            return "identical"
+        if self.differences:
+            return "re-used"
+        return "not compared" if self.weights is None else "different"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        return asdict(self) | {"verdict": self.verdict}
+
+
+def replay(
+    run: Path,
+    *,
+    out: Path | None = None,
+    steps: tuple[int | None, int | None] = (None, None),
+    checkpoint: Path | None = None,
+    verify: bool = False,
+    streams: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+) -> ReplayResult:
+    """Trains again from a run's log.
+
+    Args:
+        run: folder of a run that `udsstream train` or `udsstream demo` made.
+        out: where the replay goes. None: beside the run, `RUN-replay`. An interrupted replay there is gone on with.
+        steps: (first, stop), the steps `first` to before `stop`; None: from the beginning, to the end of the log.
+        checkpoint: the run's checkpoint before step `first`. None: the one in the run's folder, if it is there.
+        verify: make each decision again and compare.
+        streams: new places of streams that moved, by the names in run.json: local folders or remotes.
+        overrides: `key=value` changes of the configuration, with dotted paths: then it is a re-use of the data.
+
+    Raises:
+        ReplayError: the run cannot be replayed with what was given.
+        ConfigError, DataError, LogError, ModelError, ResumeError: see `udsstream.errors`.
+    """
+    log = SelectionLog.open(run)
+    if not (run / CONFIG).exists():
+        raise ReplayError(
+            f"{run} holds a log but no {CONFIG}: it was not written by `udsstream train`. Replay it in the script that trained it, with "
+            "udsstream.ReplaySelection in the place of OnlineBatchSelection"
+        )
+    original = load_run_config(run / CONFIG)
+    out = out or unfinished_folder(run.with_name(f"{run.name}-replay"), _is_finished)
+    config = _replayed_config(run, out, streams, overrides, log)
+    changes = [line for line in config_changes(original, config) if line.partition(":")[0] not in _SAME_DATA]
+    if steps[0] and checkpoint is None:
+        checkpoint = checkpoints_in(run / "checkpoints").get(steps[0])
+    algorithm = ReplaySelection(
+        run,
+        steps=steps,
+        verify=verify,
+        checkpoint=checkpoint,
+        **{key: value for key, value in (config.selection or {}).items() if key in ("trunk", "head", "warm_start")},
+    )
+    request = {
+        "run": str(run),
+        "run_id": log.run["run_id"],
+        "first": algorithm.decisions.first,
+        "stop": algorithm.decisions.stop,
+        "verify": verify,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+    _claim(out, config, request)
+    target = max(
+        (step for step in checkpoints_in(run / "checkpoints") if request["first"] < step <= request["stop"]),
+        default=None,
+    )
+    watch = _Watch(algorithm, None if target is None else (target, checkpoints_in(run / "checkpoints")[target]))
+    trainer = build_trainer(config, replay=algorithm, checkpoint=checkpoint, callbacks=[watch])
+    try:
+        if trainer.state.timestamp.batch.value + algorithm.offset < algorithm.decisions.stop:
+            trainer.fit()
+        elif config.eval is not None:
+            trainer.eval()
+        result = ReplayResult(
+            run=str(run),
+            run_id=log.run["run_id"],
+            save_folder=str(out),
+            first=request["first"],
+            stop=request["stop"],
+            differences=[*changes, *algorithm.differences],
+            weights=watch.comparison,
+            verification=None if algorithm.tally is None else algorithm.tally.as_dict(),
+            step_seconds=float(np.median(watch.seconds)) if watch.seconds else None,
+            eval_loss_after=eval_loss(trainer) if config.eval is not None else None,
+        )
+    finally:
+        trainer.close()
+    write_atomically(out / _REPLAY, json.dumps(request | {"finished": True} | result.as_dict(), indent=2) + "\n")
+    return result
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / _REPLAY).exists() and bool(json.loads((folder / _REPLAY).read_text()).get("finished"))
+
+
+def _replayed_config(
+    run: Path, out: Path, streams: Mapping[str, str] | None, overrides: Sequence[str], log: SelectionLog
+) -> RunConfig:
+    config = load_run_config(run / CONFIG, [f"save_folder={out}", "autoresume=true", *overrides])
+    if Path(config.save_folder) != out:
+        raise ConfigError(f"save_folder: is {out} for a replay (--out chooses it), not {config.save_folder}")
+    if config.model.trust_remote_code and not any(line.startswith("model.trust_remote_code=") for line in overrides):
+        raise ReplayError(
+            f"{run / CONFIG} asks to run code that comes with the model {config.model.name} (model.trust_remote_code). A run's folder may "
+            "come from somebody else: if you know whose code it is, give model.trust_remote_code=true again"
+        )
+    if not streams:
+        return config
+    recorded = {stream["name"]: stream["location"] for stream in log.run.get("streams", [])}
+    if unknown := sorted(set(streams) - set(recorded)):
+        raise ConfigError(
+            f"--stream {unknown[0]}: the run had no stream of that name; it had {', '.join(recorded) or 'none'}"
+        )
+    places = [streams.get(name, location) for name, location in recorded.items()]
+    moved = [StreamConfig(local=place) if Path(place).is_dir() else StreamConfig(remote=place) for place in places]
+    return config.model_copy(update={"data": config.data.model_copy(update={"streams": moved, "streams_root": None})})
+
+
+def _claim(out: Path, config: RunConfig, request: dict[str, Any]) -> None:
+    """Begins a replay's folder, or checks that the replay that was interrupted there is this one."""
+    recorded = out / _REPLAY
+    if recorded.exists():
+        before = json.loads(recorded.read_text())
+        if before.get("finished"):
+            raise ReplayError(f"{out} already holds a finished replay; choose another folder (--out)")
+        changed = [
+            f"{key}: was {before.get(key)!r}, is {value!r}"
+            for key, value in request.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise ReplayError(
+                f"{out} holds an interrupted replay of something else:\n  "
+                + "\n  ".join(changed)
+                + "\ngo on with it as it was begun, or choose another folder (--out)"
+            )
+    elif (out / CONFIG).exists():
+        raise ReplayError(f"{out} holds a run, but no replay; choose another folder (--out)")
+    claim_folder(out, config)
+    if not recorded.exists():
+        write_atomically(recorded, json.dumps(request | {"finished": False}, indent=2) + "\n")
+
+
+class _Watch(Callback):
+    """Times the steps, and compares the weights when they should be those of the original's checkpoint."""
+
+    def __init__(self, algorithm: ReplaySelection, target: tuple[int, Path] | None) -> None:
+        self._algorithm = algorithm
+        self._target = target
+        self._began = 0.0
+        self.seconds: list[float] = []
+        self.comparison: WeightsComparison | None = None
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Composer's event. The batch's loading does not count, as in `timings.jsonl`."""
+        del state, logger
+        self._began = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Composer's event."""
+        del logger
+        self.seconds.append(time.perf_counter() - self._began)
+        if self._target is not None and state.timestamp.batch.value + self._algorithm.offset == self._target[0]:
+            self.comparison = _compare_weights(state, *self._target)
+
+
+def _compare_weights(state: State, step: int, checkpoint: Path) -> WeightsComparison:
+    ours, theirs = state.get_model_state_dict(), model_weights(read_checkpoint(checkpoint))
+    different, largest = 0, 0.0
+    for name, weight in theirs.items():
+        mine = ours.get(name)
+        if not isinstance(mine, torch.Tensor) or mine.shape != weight.shape:
+            different, largest = different + 1, float("inf")
+        elif not torch.equal(mine.cpu(), weight):
+            different += 1
+            largest = max(largest, float((mine.cpu().double() - weight.double()).abs().max()))
+    return WeightsComparison(
+        step=step, checkpoint=str(checkpoint), tensors=len(theirs), different=different, largest_difference=largest
+    )
