@@ -15,6 +15,7 @@ from udsstream.cli.bench import bench
 from udsstream.cli.demo import demo
 from udsstream.cli.log import log
 from udsstream.cli.replay import replay
+from udsstream.cli.report import report
 from udsstream.cli.train import train
 from udsstream.errors import UdsstreamError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, log, replay, audit, bench, demo):
+for command in (train, log, replay, audit, report, bench, demo):
     app.command()(command)
 
 

@@ -1,0 +1,37 @@
+"""`udsstream report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["report"]
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's log folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; RUN/report.html without it.")] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Leave out what the samples say.")] = False,
+    samples: Annotated[int, typer.Option(min=0, max=20, help="Samples shown of each kind.")] = 2,
+    stream: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Where a stream is now (repeatable).")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: figures, plots, samples, settings and the audit's verdict.
+
+    The page holds what the samples say, unlike the log: leave it out with --no-text before you hand it on.
+    """
+    from udsstream.report.write import write_report
+
+    places = dict(_stream(text) for text in stream or [])
+    written = write_report(run, out=out, text=not no_text, streams=places, per_kind=samples)
+    print(f"{written.path} ({written.bytes / 1000:,.0f} kB). Audit: {written.verdict}.")
+
+
+def _stream(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (name and found and path):
+        raise typer.BadParameter(f"{text!r} is not NAME=PATH", param_hint="--stream")
+    return name, path
