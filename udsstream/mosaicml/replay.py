@@ -288,7 +288,9 @@ class ReplaySelection(Algorithm):
 
     def _go_to(self, state: State) -> None:
         assert self._steps is not None
-        self._steps.go_to(state.timestamp.batch.value + self.offset)
+        # Fresh weights on later steps: Composer's epoch 0 is the log's epoch of the first of them.
+        first_epoch = self.decisions[self.decisions.first].epoch if self.offset else 0
+        self._steps.go_to(state.timestamp.batch.value + self.offset, epoch=state.timestamp.epoch.value + first_epoch)
 
     def _check_lengths(self, state: State, logged: LoggedStep) -> None:
         lengths = real_tokens(state.batch).sum(dim=1).tolist()

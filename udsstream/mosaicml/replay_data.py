@@ -147,13 +147,14 @@ class LoggedSteps(Sampler[list[int]]):
         self._decisions = decisions
         self._batches_per_epoch = batches_per_epoch
         self._next = decisions.first
+        self._epoch = decisions[decisions.first].epoch
 
-    def go_to(self, step: int) -> None:
-        """The next iteration begins with this step of the log."""
-        self._next = step
+    def go_to(self, step: int, *, epoch: int) -> None:
+        """The next iteration begins with this step of the log, and is of this epoch of the log: empty when the step is of a later one."""
+        self._next, self._epoch = step, epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._next >= self._decisions.stop:
+        if self._next >= self._decisions.stop or self._decisions[self._next].epoch != self._epoch:
             return
         for step in range(self._next, self._decisions.epoch_stop(self._next)):
             yield self._decisions.ids(step)
