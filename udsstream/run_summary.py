@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -15,10 +14,11 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from udsstream.errors import LogError
+from udsstream.log_queries import stream_name
+from udsstream.log_tables import share
 from udsstream.selection_log.reader import SelectionLog
 
-__all__ = ["RunSummary", "print_step", "print_summary", "summarize"]
+__all__ = ["RunSummary", "print_summary", "summarize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,10 @@ class RunSummary:
         return asdict(self)
 
 
-def summarize(log: SelectionLog) -> RunSummary:
-    """Counts what a log holds."""
-    table = log.table(columns=["step", "tokens", "selected", "score", "stream"])
+def summarize(log: SelectionLog, *, until: int | None = None) -> RunSummary:
+    """Counts what a log holds; with `until`, below that step."""
+    below = None if until is None else pc.field("step") < until
+    table = log.table(columns=["step", "tokens", "selected", "score", "stream"], filter=below)
     selected = table["selected"].to_numpy(zero_copy_only=False)
     tokens = table["tokens"].to_numpy()
     scored = table.filter(table["score"].is_valid())
@@ -60,18 +61,17 @@ def summarize(log: SelectionLog) -> RunSummary:
         scores, lengths = scored["score"].to_numpy().astype(np.float64), scored["tokens"].to_numpy().astype(np.float64)
         if scores.std() > 0 and lengths.std() > 0:
             correlation = float(np.corrcoef(scores, lengths)[0, 1])
-    names = [stream["name"] for stream in log.run.get("streams", [])]
     numbers = pc.fill_null(table["stream"], -1).to_numpy()
     shares = [
         StreamShare(
-            name=names[number] if 0 <= number < len(names) else "(no stream)",
+            name=stream_name(log.run, number),
             candidates=int((numbers == number).sum()),
             kept=int(selected[numbers == number].sum()),
         )
         for number in np.unique(numbers).tolist()
     ]
     return RunSummary(
-        steps=len(log.steps()),
+        steps=len(np.unique(table["step"].to_numpy())),
         candidates=table.num_rows,
         kept=int(selected.sum()),
         candidate_tokens=int(tokens.sum()),
@@ -82,19 +82,25 @@ def summarize(log: SelectionLog) -> RunSummary:
 
 
 def print_summary(
-    run: Path, *, before: float | None = None, after: float | None = None, console: Console | None = None
+    run: Path,
+    *,
+    before: float | None = None,
+    after: float | None = None,
+    until: int | None = None,
+    console: Console | None = None,
 ) -> None:
-    """Prints what the run in this folder chose, where the log is, and what to do next."""
+    """Prints what the run in this folder chose (with `until`, below that step), where the log is, and what to do next."""
     console = console or Console()
-    summary = summarize(SelectionLog.open(run))
-    table = Table(title=f"What was chosen in {run}", title_justify="left", show_header=False)
+    summary = summarize(SelectionLog.open(run), until=until)
+    limited = "" if until is None else f" before step {until}"
+    table = Table(title=f"What was chosen in {run}{limited}", title_justify="left", show_header=False)
     table.add_row("steps", f"{summary.steps:,}")
     table.add_row("candidates looked at", f"{summary.candidates:,}")
-    table.add_row("kept and trained on", f"{summary.kept:,} ({_share(summary.kept, summary.candidates)})")
+    table.add_row("kept and trained on", f"{summary.kept:,} ({share(summary.kept, summary.candidates)})")
     table.add_row(
         "tokens trained on",
         f"{summary.kept_tokens:,} of {summary.candidate_tokens:,} "
-        f"({_share(summary.candidate_tokens - summary.kept_tokens, summary.candidate_tokens)} saved)",
+        f"({share(summary.candidate_tokens - summary.kept_tokens, summary.candidate_tokens)} saved)",
     )
     table.add_row("streams drawn from", f"{len(summary.streams):,}")
     if before is not None and after is not None:
@@ -107,51 +113,9 @@ def print_summary(
         console.print(f"  {_command()} log {run} {arguments}", highlight=False, soft_wrap=True)
 
 
-def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: Console | None = None) -> None:
-    """Prints the decisions of one step, in canonical order.
-
-    Raises:
-        LogError: the log holds no such step.
-    """
-    table = log.table(filter=pc.field("step") == step)
-    if table.num_rows == 0:
-        steps = log.steps()
-        held = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no steps yet"
-        raise LogError(f"step {step} is not in the log; it holds {held}")
-    if as_json:
-        print(json.dumps(table.to_pylist(), indent=2))
-        return
-    names = [stream["name"] for stream in log.run.get("streams", [])]
-    shown = Table(title=f"Step {step}, epoch {table['epoch'][0].as_py()}", title_justify="left")
-    for heading in ("place", "sample", "stream", "tokens", "intra", "inter", "score", "kept"):
-        shown.add_column(heading, justify="left" if heading == "stream" else "right", no_wrap=True)
-    for row in table.to_pylist():
-        stream = row["stream"]
-        shown.add_row(
-            str(row["position"]),
-            str(row["sample_id"]),
-            "" if stream is None else names[stream] if stream < len(names) else str(stream),
-            str(row["tokens"]),
-            *(_number(row[name]) for name in ("intra", "inter", "score")),
-            "" if row["train_order"] is None else f"no. {row['train_order'] + 1}",
-        )
-    (console or Console()).print(shown)
-
-
 def _command() -> str:
     """How this machine's user can call us: after `make demo` the command is in .venv/bin, mostly not on the path."""
     typed = Path(sys.argv[0])
     if shutil.which("udsstream") or typed.name != "udsstream":
         return "udsstream"
     return os.path.relpath(typed)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.0%}" if whole else "–"
-
-
-def _number(value: float | None) -> str:
-    """Five digits or more, without an exponent while it can be read without one."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.5g}"
