@@ -155,6 +155,8 @@ def build_trainer(
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         save_overwrite=config.autoresume,
         autoresume=config.autoresume,
+        # Both training data sets find their place by themselves; turning the evaluation's once would draw a random number.
+        spin_dataloaders=False,
         load_path=config.load_path if checkpoint is None else str(checkpoint),
         load_weights_only=checkpoint is None,
         progress_bar=config.progress_bar,

@@ -1,0 +1,272 @@
+"""`udsstream replay`: a run's folder is enough; the verdict is printed and is the exit code; changes are re-use."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+import torch
+import yaml
+from jobs import udsstream, write_rows
+
+from udsstream import SelectionLog, pipeline
+from udsstream.errors import ConfigError, ReplayError, ResumeError, ShardError
+from udsstream.replay import replay
+from udsstream.run_config import load_run_config
+from udsstream.scoring import methods
+
+
+@pytest.fixture(scope="module")
+def run(model, data, tmp_path_factory) -> Path:
+    """A finished run of 6 steps with LoRA and dropout, evaluated in its middle, with checkpoints at 2, 4 and 6."""
+    from jobs import write_config
+
+    folder = tmp_path_factory.mktemp("job")
+    overrides = ["max_duration=6ba", "model.lora.dropout=0.1", "eval.interval=3ba", "eval.batch_size=4"]
+    pipeline.train(load_run_config(write_config(folder, model, data), overrides))
+    return folder / "run"
+
+
+def plain(printed: str) -> str:
+    """What was printed, without the table's lines."""
+    return " ".join(re.sub(r"[^\x00-\x7f]", " ", printed).split())
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """The run, to be tampered with."""
+    return Path(shutil.copytree(run, folder / "copy"))
+
+
+def test_the_whole_run(run, tmp_path, monkeypatch, capsys):
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, out, _ = udsstream(monkeypatch, capsys, "replay", str(run), "--out", str(tmp_path / "again"), "--verify")
+    assert code == 0
+    text = plain(out)
+    for expected in (
+        "at step 6 those of the run's checkpoint, bit for bit",
+        "6 of 6 steps choose what the log says",
+        "48 of 48 are the logged ones bit for bit",
+        "after 6 of 6 steps the logged one, by its digest",
+        "times as long)",
+    ):
+        assert expected in text, expected
+    assert "not to be expected" not in text
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files  # it is only read
+    written = json.loads((tmp_path / "again" / "replay.json").read_text())
+    assert (written["verdict"], written["finished"], written["first"], written["stop"]) == ("identical", True, 0, 6)
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / "latest-rank0.pt", weights_only=False)
+        for folder in (run, tmp_path / "again")
+    )
+    ours, theirs = ours["state"]["model"], theirs["state"]["model"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_without_evaluation_the_weights_are_the_same(run, tmp_path):
+    """Evaluating draws random numbers; they are put back, in the run and in its replay alike."""
+    result = replay(run, out=tmp_path / "again", overrides=["eval=null"])
+    assert (result.verdict, result.eval_loss_after, result.differences) == ("identical", None, [])
+
+
+def test_a_range_is_compared_at_the_last_checkpoint_within(run, tmp_path, monkeypatch, capsys):
+    code, out, _ = udsstream(
+        monkeypatch, capsys, "replay", str(run), "--out", str(tmp_path / "again"), "--steps", ":5", "--json"
+    )
+    found = json.loads(out[out.index("{") :])
+    assert (code, found["verdict"], found["weights"]["step"], found["weights"]["different"]) == (0, "identical", 4, 0)
+
+
+def test_from_the_middle_on_with_the_runs_checkpoint(run, tmp_path):
+    result = replay(run, out=tmp_path / "again", steps=(4, None), verify=True)
+    assert (result.first, result.stop, result.verdict) == (4, 6, "identical")
+    assert result.verification is not None
+    assert (result.verification["steps"], result.verification["equal_memories"]) == (2, 2)
+
+
+def test_from_the_middle_on_without_a_checkpoint_is_a_re_use(run, tmp_path):
+    result = replay(run, out=tmp_path / "again", steps=(3, 5))
+    assert result.verdict == "re-used"
+    assert result.differences == ["it begins at step 3 without the checkpoint that the run had saved there"]
+
+
+def test_another_learning_rate_is_a_re_use(run, tmp_path, monkeypatch, capsys):
+    code, out, _ = udsstream(
+        monkeypatch, capsys, "replay", str(run), "optimizer.lr=0.01", "data.num_workers=1", "--out", str(tmp_path / "x")
+    )
+    assert code == 0
+    assert "equal weights were not to be expected" in out
+    assert "optimizer.lr: was 0.0001, is 0.01" in out
+    assert "num_workers" not in out
+
+
+def test_the_next_free_folder_beside_the_run(run, tmp_path):
+    source = copied(run, tmp_path)
+    first, second = replay(source, steps=(0, 2)), replay(source, steps=(0, 2))
+    assert (first.save_folder, second.save_folder) == (f"{source}-replay", f"{source}-replay-2")
+    with pytest.raises(ReplayError, match=r"copy-replay already holds a finished replay"):
+        replay(source, out=Path(first.save_folder))
+    with pytest.raises(ReplayError, match=r"copy holds a run, but no replay"):
+        replay(source, out=source)
+
+
+def test_an_interrupted_replay_goes_on(run, tmp_path, monkeypatch):
+    from udsstream import replay as job
+
+    build = job.build_trainer
+
+    def stopped_after_5(*args, **kwargs):
+        trainer = build(*args, **kwargs)
+        fit = trainer.fit
+        trainer.fit = lambda: (fit(duration="5ba"), exec("raise KeyboardInterrupt"))
+        return trainer
+
+    monkeypatch.setattr(job, "build_trainer", stopped_after_5)
+    with pytest.raises(KeyboardInterrupt):
+        replay(run, out=tmp_path / "again", overrides=["scheduler.name=constant"])
+    monkeypatch.setattr(job, "build_trainer", build)
+    with pytest.raises(ReplayError, match=r"an interrupted replay of something else:\n  stop: was 6, is 4"):
+        replay(run, out=tmp_path / "again", steps=(0, 4), overrides=["scheduler.name=constant"])
+    with pytest.raises(ResumeError, match=r"scheduler.name: was 'constant', is 'linear'"):
+        replay(run, out=tmp_path / "again")
+    result = replay(run, out=tmp_path / "again", overrides=["scheduler.name=constant"])
+    whole = replay(run, out=tmp_path / "whole", overrides=["scheduler.name=constant"])
+    assert result.verdict == whole.verdict == "re-used"
+    assert result.eval_loss_after == whole.eval_loss_after
+
+
+def test_streams_that_moved(run, data, tmp_path, monkeypatch, capsys):
+    source = copied(run, tmp_path)
+    away = Path(shutil.copytree(data / "train", tmp_path / "away"))
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    settings["data"]["streams_root"] = str(tmp_path / "gone")
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    arguments = [
+        "replay",
+        str(source),
+        "--stream",
+        f"animals={away / 'animals'}",
+        "--stream",
+        f"numbers={away / 'numbers'}",
+    ]
+    code, out, _ = udsstream(monkeypatch, capsys, *arguments, "--steps", ":2")
+    assert code == 0
+    assert "at step 2 those of the run's checkpoint, bit for bit" in plain(out)
+    code, _, err = udsstream(monkeypatch, capsys, "replay", str(source), "--stream", "plants=/x")
+    assert (code, err.strip()) == (
+        1,
+        "udsstream: ConfigError: --stream plants: the run had no stream of that name; it had animals, numbers",
+    )
+    swapped = {"animals": str(away / "numbers"), "numbers": str(away / "animals")}
+    with pytest.raises(ResumeError, match=r"stream 0: was animals .* is numbers"):
+        replay(source, out=tmp_path / "b", streams=swapped)
+    for shard in (away / "animals").glob("*.mds"):
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    with pytest.raises(ShardError, match=r"sample \d+ is not the one that the run trained on"):
+        replay(source, out=tmp_path / "c", streams={name: str(away / name) for name in ("animals", "numbers")})
+
+
+def test_weights_that_differ_for_no_known_reason_are_said(run, tmp_path, monkeypatch, capsys):
+    source = copied(run, tmp_path)
+    path = source / "checkpoints" / "ep0-ba6-rank0.pt"
+    saved = torch.load(path, weights_only=False)
+    name = next(iter(saved["state"]["model"]))
+    saved["state"]["model"][name].view(-1)[0] += 1
+    torch.save(saved, path)
+    code, out, _ = udsstream(monkeypatch, capsys, "replay", str(source))
+    assert code == 1
+    assert "at step 6 1 of " in plain(out)
+
+
+def test_a_decision_that_diverges_is_said(run, tmp_path, monkeypatch, capsys):
+    """When decisions are made again, what is far from the memory counts for less instead of more."""
+    monkeypatch.setattr(methods, "uds", lambda intra, inter, alpha: (intra - 1e4 * inter).float())
+    code, out, _ = udsstream(
+        monkeypatch, capsys, "replay", str(run), "--verify", "--out", str(tmp_path / "x"), "--json"
+    )
+    found = json.loads(out[out.index("{") :])
+    assert (code, found["verdict"]) == (1, "diverged")
+    tally = found["verification"]
+    assert tally["agreed"] < tally["steps"]
+    assert tally["equal_scores"] == 8  # at step 0 the memory was empty
+    assert tally["first_difference"]["step"] == 1
+    log = SelectionLog.open(run)
+    first = tally["first_divergence"]
+    rows = log.table(filter=pc.field("step") == first["step"]).to_pylist()
+    row = rows[first["position"]]
+    assert (row["sample_id"], row["score"], row["selected"]) == (
+        first["sample_id"],
+        first["logged_score"],
+        first["was_kept"],
+    )
+    assert first["new_score"] < 0
+    assert found["weights"]["different"] == 0  # the logged choice was trained on
+
+
+def test_folders_that_cannot_be_replayed(run, tmp_path):
+    source = copied(run, tmp_path)
+    (source / "config.yaml").unlink()
+    with pytest.raises(
+        ReplayError, match=r"holds a log but no config.yaml: .* Replay it in the script that trained it"
+    ):
+        replay(source)
+    with pytest.raises(ConfigError, match=r"save_folder: is .*/x for a replay"):
+        replay(run, out=tmp_path / "x", overrides=["save_folder=elsewhere"])
+
+
+def test_code_that_comes_with_a_model_needs_ones_own_word(run, tmp_path):
+    source = copied(run, tmp_path)
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    settings["model"]["trust_remote_code"] = True
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ReplayError, match=r"asks to run code that comes with the model"):
+        replay(source, out=tmp_path / "x")
+    result = replay(source, out=tmp_path / "y", steps=(0, 2), overrides=["model.trust_remote_code=true"])
+    assert result.verdict == "identical"
+
+
+@pytest.mark.parametrize("given", ["5", "a:b", "-1:3", "1:2:3"])
+def test_steps_that_are_no_range(run, monkeypatch, capsys, given):
+    code, _, err = udsstream(monkeypatch, capsys, "replay", str(run), "--steps", given)
+    assert code == 2
+    assert "FIRST:STOP" in err
+
+
+def test_a_stream_without_a_place(run, monkeypatch, capsys):
+    code, _, err = udsstream(monkeypatch, capsys, "replay", str(run), "--stream", "animals")
+    assert code == 2
+    assert "NAME=PLACE" in err
+
+
+def test_a_run_on_a_remote_stream(model, data, tmp_path):
+    """The replay fetches only the shards that hold logged samples."""
+    from jobs import write_config
+
+    rows = [
+        {"prompt": "the cat sat on the mat", "response": "a dog ran over the hill " * (i % 3 + 1)} for i in range(80)
+    ]
+    write_rows(tmp_path / "remote" / "train", rows)
+    config = write_config(tmp_path, model, data)
+    settings = yaml.safe_load(config.read_text())
+    settings["data"] = {
+        "batch_size": 8,
+        "streams": [{"remote": str(tmp_path / "remote" / "train"), "local": str(tmp_path / "cache")}],
+        "validate_hash": "sha1",
+    }
+    config.write_text(yaml.safe_dump(settings | {"max_duration": "2ba", "eval": None}))
+    pipeline.train(load_run_config(config))
+    run = tmp_path / "run"
+    streams = {"train": str(tmp_path / "fetched")}
+    shutil.copytree(tmp_path / "remote" / "train", tmp_path / "fetched")
+    assert replay(run, out=tmp_path / "a", streams=streams).verdict == "identical"
+    shutil.rmtree(tmp_path / "cache")
+    assert replay(run, out=tmp_path / "b").verdict == "identical"
+    log = SelectionLog.open(run)
+    needed = set(log.table(filter=None).filter(log.table()["selected"])["shard"].to_pylist())
+    fetched = {path.name for path in (tmp_path / "cache").glob("*.mds")}
+    assert fetched == {f"shard.{number:05d}.mds" for number in needed}
