@@ -47,6 +47,10 @@ class Anchor:
     """Merkle root of the ranks' heads, in hexadecimal."""
     found: bool
     """Whether the log's chains passed through it."""
+    attempt: int | None = None
+    """The attempt in which they did."""
+    covers: int = 0
+    """Steps of the run as it stands that were written before the anchor was taken; it does not speak of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class AuditReport:
     found: Mapping[str, int] = field(default_factory=dict)
     """Check → how often it found something."""
     checked: tuple[str, ...]
-    """One sentence for each check that was done, whatever came of it."""
+    """One sentence for each check that was done, whatever came of it: "names of checks: what was compared with what"."""
     unchecked: tuple[str, ...]
     """One sentence for each thing that could not be checked in this mode, and why."""
     anchored: bool
@@ -84,9 +88,14 @@ class AuditReport:
             checks = ", ".join(dict.fromkeys(finding.check for finding in self.findings))
             return f"{total:,} finding{'s' if total > 1 else ''} ({checks}): the record is not what an undisturbed run leaves"
         if self.anchored and self.anchor is not None:
+            rest = self.steps - self.anchor.covers
             return (
-                f"intact relative to this anchor: {self.anchor.source}, before step {self.anchor.step}, Merkle root "
-                f"{self.anchor.root[:16]}…; from step {self.anchor.step} on only consistent with itself"
+                f"intact relative to this anchor: {self.anchor.source}, before step {self.anchor.step}, Merkle root {self.anchor.root[:16]}…"
+                + (
+                    f"; {rest:,} of {self.steps:,} steps were written later, and are only consistent with themselves"
+                    if rest
+                    else ""
+                )
             )
         return "internally consistent; no anchor was given, so a log cut at its end or rewritten as a whole would pass"
 
@@ -132,7 +141,7 @@ class Ledger:
             self.found[check] += len(places)
 
     def check(self, sentence: str) -> None:
-        """Something was checked."""
+        """Something was checked: "names of checks: what was compared with what"."""
         self.checked.append(sentence)
 
     def skip(self, sentence: str) -> None:
@@ -157,7 +166,12 @@ def render(report: AuditReport, title: str) -> str:
             if more > 0:
                 lines.append(f"    … and {more:,} more of [{check}]")
         lines.append("")
-    lines += ["Checked", *(f"  · {sentence}" for sentence in report.checked), ""]
+    lines += ["Checked", *(f"  {_mark(report, sentence)} {sentence}" for sentence in report.checked), ""]
     if report.unchecked:
         lines += ["Not checked", *(f"  · {sentence}" for sentence in report.unchecked), ""]
     return "\n".join([*lines, f"Verdict: {report.verdict}."])
+
+
+def _mark(report: AuditReport, sentence: str) -> str:
+    names = sentence.partition(": ")[0].split(", ")
+    return "✗" if any(report.found.get(name) for name in names) else "✓"
