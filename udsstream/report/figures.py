@@ -1,4 +1,4 @@
-"""The numbers of a report: one pass over a log, in memory that does not grow with it.
+"""The numbers of a report: one pass over a log, in memory that grows with its steps (some bytes each) and not with its candidates.
 
 Counts, sums, means and the correlation are exact, whatever the size. Quantiles, the distribution of scores and the plot of
 length against score are taken from at most `SAMPLE_ROWS` candidates: all of a log that has no more, else one in n, by a hash

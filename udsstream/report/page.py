@@ -18,7 +18,7 @@ import numpy as np
 from udsstream import __version__
 from udsstream.report import plots
 from udsstream.report.figures import BINS, QUANTILES, Figures, StreamChoice, bands, histogram
-from udsstream.report.plots import Plot
+from udsstream.report.plots import Plot, short
 from udsstream.report.samples import KINDS, Pick, SampleText
 from udsstream.report.text import escape, shorten
 
@@ -184,8 +184,8 @@ def _key_figures(content: Content, figures: Figures) -> str:
             )
             + (f", in {figures.epochs:,} epochs" if figures.epochs > 1 else ""),
         ),
-        ("Candidates", f"{figures.candidates:,}", _not_finite(figures)),
-        ("Chosen", f"{figures.kept:,}", f"{_percent(figures.kept, figures.candidates)} of the candidates"),
+        ("Candidates", *_count(figures.candidates, _not_finite(figures))),
+        ("Chosen", *_count(figures.kept, f"{_percent(figures.kept, figures.candidates)} of the candidates")),
         (
             "Tokens saved",
             _percent(figures.saved_tokens, figures.candidate_tokens),
@@ -213,6 +213,11 @@ def _key_figures(content: Content, figures: Figures) -> str:
     )
     notes = "".join(f'<p class="problem">{escape(note)}</p>' for note in figures.notes)
     return f'<section><h2>In numbers</h2><dl class="tiles">{shown}</dl>{notes}</section>'
+
+
+def _count(count: int, note: str) -> tuple[str, str]:
+    """A number as it fits a tile, and the note beneath it, which has all of its digits."""
+    return (f"{count:,}", note) if count < 10_000_000 else (short(count), f"{count:,}; {note}")
 
 
 def _not_finite(figures: Figures) -> str:
@@ -655,7 +660,7 @@ def _number(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
 def _seconds(value: float) -> str:

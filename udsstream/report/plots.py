@@ -155,6 +155,8 @@ def length_plot(figures: Figures) -> Plot | None:
     finite = np.isfinite(rows.score)
     if not finite.any():
         return None
+    from matplotlib.ticker import LogLocator
+
     tokens, score, selected = (values[finite] for values in (rows.tokens, rows.score, rows.selected))
     # Lengths over more than one order of magnitude would crowd at one side.
     logarithmic = tokens.min() > 0 and tokens.max() >= 20 * tokens.min()
@@ -169,6 +171,8 @@ def length_plot(figures: Figures) -> Plot | None:
             _draw_density(axes, tokens, score, selected, logarithmic)
         axes.set_xlabel("tokens")
         axes.set_ylabel("score")
+        if logarithmic:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         _short_axis(axes, "x")
 
     known = "undefined" if figures.correlation is None else f"{figures.correlation:+.2f}"
