@@ -121,9 +121,10 @@ def read_record(root: Path, ledger: Ledger, *, anchor: GivenAnchor | None) -> Re
 
 def _say_what_was_checked(seen: Examination, ledger: Ledger) -> None:
     summary = seen.summary
+    ranks = f"{summary.ranks} rank{'s' if summary.ranks != 1 else ''}"
     ledger.check(
-        f"run.json, files, chain, attempts: the digests of {summary.rows:,} decisions and {summary.pushes:,} pushes ({summary.segments} sealed "
-        f"files, {summary.live_batches:,} unsealed steps) against the manifests of {summary.ranks} rank{'s' if summary.ranks != 1 else ''}"
+        f"run.json, files, chain, attempts: the digests of {summary.rows:,} decisions and {summary.pushes:,} pushes, in "
+        f"{summary.segments} sealed files and {summary.live_batches:,} unsealed steps, against the manifests of {ranks}"
     )
     if seen.heads:
         ledger.check(
