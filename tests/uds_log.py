@@ -161,6 +161,8 @@ def _record(writers: list[SelectionLogWriter], first: int, steps: int, points: l
         first = step
         if step in points:
             heads = [writer.sync() for writer in writers]
-            writers[0].checkpoint(step, heads=heads, buffer=None, pushed=settings["pushed"][0], buffer_digest=bytes(32))
+            pushed = settings["pushed"][0]
+            held = np.ones((min(pushed, CAPACITY), DIM), np.float32) if settings.get("embeddings") == "tail" else None
+            writers[0].checkpoint(step, heads=heads, buffer=held, pushed=pushed, buffer_digest=bytes(32))
             kept[step] = (heads, settings["pushed"][0])
     return kept

@@ -174,7 +174,7 @@ def _offers(log: SelectionLog, table: pa.Table, sample_id: int, current: set[tup
     kth, following = steps.value_at_rank(score, rank, kept), steps.value_at_rank(score, rank, kept + 1)
     scored = steps.total(~np.isnan(score)) > 0
     by_intra = steps.total(np.isnan(intra)) == 0
-    method = (log.run.get("selection") or {}).get("method")
+    method = _method(log.run)
     for row in np.flatnonzero(table["sample_id"].to_numpy() == sample_id).tolist():
         step = int(steps.of_row[row])
         values = table.slice(row, 1).to_pylist()[0]
@@ -246,8 +246,9 @@ def _reason(offer: Offer, *, scored: bool, method: str | None) -> str:
 
 def _place(run: Mapping[str, Any], sample_id: int) -> tuple[bool | None, str | None, int | None]:
     """Whether the id exists, its stream and its number there: ids count through the ordered streams."""
-    sizes = [stream.get("samples") for stream in run.get("streams") or []]
-    if not sizes or not all(isinstance(size, int) for size in sizes):
+    streams = _streams(run)
+    sizes = [size for stream in streams if isinstance(size := stream.get("samples"), int)]
+    if not streams or len(sizes) < len(streams):
         return None, None, None
     first = 0
     for number, size in enumerate(sizes):
@@ -340,7 +341,7 @@ def stream_shares(log: SelectionLog, *, until: int | None = None) -> tuple[Strea
     selected = _booleans(table, "selected")
     tokens = table["tokens"].to_numpy().astype(np.float64)
     score = _floats(table, "score")
-    known = len(log.run.get("streams") or [])
+    known = len(_streams(log.run))
     lowest = min(0, int(numbers.min(initial=0)))
     bins = max(known, int(numbers.max(initial=-1)) + 1) - lowest
 
@@ -481,8 +482,8 @@ def suppressed(log: SelectionLog, *, until: int | None = None, limit: int | None
     Raises:
         ConfigError: the run did not choose by the method uds.
     """
-    method = (log.run.get("selection") or {}).get("method", "uds")
-    if method != "uds":
+    method = _method(log.run)
+    if method not in (None, "uds"):
         raise ConfigError(
             f"{log.root} chose by the method {method!r}, which has no diversity term: only a run of method 'uds' can suppress "
             "near-duplicates"
@@ -744,10 +745,22 @@ def _number(value: float) -> float | None:
 
 def stream_name(run: Mapping[str, Any], number: int) -> str:
     """The name of a stream in run.json."""
-    names = [str(stream.get("name")) for stream in run.get("streams") or []]
-    if 0 <= number < len(names):
-        return names[number]
+    streams = _streams(run)
+    if 0 <= number < len(streams):
+        return str(streams[number].get("name"))
     return "(no stream)" if number < 0 else f"(stream {number}, not in run.json)"
+
+
+def _streams(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The streams of run.json, whose form the log does not vouch for."""
+    streams = run.get("streams")
+    return [stream if isinstance(stream, dict) else {} for stream in streams] if isinstance(streams, list) else []
+
+
+def _method(run: Mapping[str, Any]) -> str | None:
+    """How the run chose; None when run.json does not say."""
+    selection = run.get("selection")
+    return selection.get("method") if isinstance(selection, dict) else None
 
 
 def _floats(table: pa.Table, name: str) -> np.ndarray:
