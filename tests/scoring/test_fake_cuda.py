@@ -72,7 +72,8 @@ def test_a_step_in_hidden_space_neither_mixes_devices_nor_waits(scorer, cuda, bi
         weight=torch.randn(V, D, device=cuda, dtype=torch.bfloat16), bias=torch.randn(V, device=cuda) if bias else None
     )
     scorer._factors = HeadFactors(
-        gram_factor=torch.randn(width, width, device=cuda), projected=torch.randn(16, width, device=cuda)
+        blocks=((0, torch.randn(width, 40, device=cuda)), (40, torch.randn(width - 40, width - 40, device=cuda))),
+        projected=torch.randn(16, width, device=cuda),
     )
     scorer._version = "frozen"
     finish(scorer.score_hidden(hidden_states(cuda), head, version="frozen"), cuda)
@@ -81,8 +82,8 @@ def test_a_step_in_hidden_space_neither_mixes_devices_nor_waits(scorer, cuda, bi
 def test_factoring_a_wide_head_waits_once_as_its_docstring_says(scorer, cuda):
     head = LMHead(weight=torch.randn(V, D, device=cuda))
     with pytest.raises((DataDependentOutputException, RuntimeError)) as raised:
-        scorer.score_hidden(hidden_states(cuda), head)
-    assert "_square_root" in [entry.name for entry in raised.traceback]
+        scorer.score_hidden(hidden_states(cuda), head, version="frozen")
+    assert "_root_blocks" in [entry.name for entry in raised.traceback]
 
 
 def test_factoring_a_narrow_head_does_not_wait(cuda):

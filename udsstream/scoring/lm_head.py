@@ -1,32 +1,50 @@
 """The language-model head as scoring sees it: `L = cap(scale · (H Wᵀ + 1 bᵀ))`, and what stands in for it so that L is never built.
 
-    N tokens, V vocabulary, D hidden width, d1 rows of Γ1
+    N tokens, V vocabulary, D hidden width (D' = D + 1 with a bias), d1 and d2 rows of Γ1 and Γ2
 
 For a head without a cap, two small matrices replace W, and both come from sums over slices of the vocabulary:
 
-    R (r×D)   with RᵀR = WᵀW, so that H Rᵀ has the singular values of L
-    P (d1×D)  = Γ1 W, so that Γ2 H Pᵀ = Γ2 L Γ1ᵀ
+    R (r×D')   with RᵀR = WᵀW, so that H Rᵀ has the singular values of L; upper triangular but for exceptions, and kept by its blocks
+    P (d1×D')  = Γ1 W, so that Γ2 H Pᵀ = Γ2 L Γ1ᵀ
 
-With a bias, H gains a column of ones and W a column b; the scale multiplies both. A capped head (`cap · tanh(x / cap)`, Gemma 2) is
-not linear: its Gram matrix and projection are summed over slices of the vocabulary for each sample (`VocabularySlices`).
+With a bias, H gains a column of ones and W a column b; the scale multiplies both.
+
+**The cost rule.** R and P cost about V·D² multiplications and are kept while the head does not change. A head that trains changes at every
+step; then a few tokens are scored for less by slices of the vocabulary, `L_c = H W_cᵀ`, `G = Σ L_c L_cᵀ`, about N·V·D + N²·V.
+`slices_are_cheaper` counts both. A capped head (`cap · tanh(x / cap)`, Gemma 2) is not linear and always takes the slices.
 
 What is not here: finding the head in a model, and the check that this formula is the model's (`udsstream/mosaicml/trunk.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from udsstream.scoring.nuclear_norm import choose_dtype, exact_float32
 from udsstream.scoring.projection import BilinearProjection
 
-__all__ = ["HeadFactors", "LMHead", "append_ones", "factor_head"]
+__all__ = [
+    "HeadFactors",
+    "LMHead",
+    "append_ones",
+    "factor_head",
+    "factoring_flops",
+    "slices_are_cheaper",
+    "slices_flops",
+]
 
-_SLICE = 8192
-"""Vocabulary rows handled at a time: 8192 × 3584 is 117 MB in float32, 235 MB in float64, the largest temporary that a head causes."""
+_SLICE_BYTES = 32 * 2**20
+"""What a slice of the vocabulary may take in float64, the largest temporary that a head causes beside R itself."""
+
+_BLOCKS = 7
+"""Column blocks of a triangular R: a product with n of them costs (1 + 1/n) / 2 of the full one, narrower ones idle the cores."""
+
+_FLOAT64_COST = 2
+"""A float64 operation in float32 ones: half as many fit into a vector register. (On GPUs made for graphics it is 32 or 64.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +62,11 @@ class LMHead:
         return self.weight.shape[0]
 
     @property
+    def width(self) -> int:
+        """D', the columns of [W b]."""
+        return self.weight.shape[1] + (self.bias is not None)
+
+    @property
     def is_linear(self) -> bool:
         """Whether R and P can stand in for the weight."""
         return self.softcap is None
@@ -53,31 +76,46 @@ class LMHead:
         return torch.cat([part for _, part in self.sliced_logits(hidden)], dim=-1)
 
     def sliced_logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first vocabulary row, logits (N, ≤ 8192) float32) for one slice of the vocabulary after the other."""
-        for start in range(0, self.vocab_size, _SLICE):
-            part = hidden.float() @ self.weight[start : start + _SLICE].float().T
+        """(first vocabulary row, logits (N, slice) float32) for one slice of the vocabulary after the other."""
+        hidden = hidden.float()
+        for start, stop in _slices(self.vocab_size, max(hidden.shape)):
+            part = hidden @ self.weight[start:stop].float().T
             if self.bias is not None:
-                part = part + self.bias[start : start + _SLICE].float()
-            part = part * self.scale
+                part += self.bias[start:stop].float()
+            if self.scale != 1:
+                part *= self.scale
             if self.softcap is not None:
-                part = self.softcap * torch.tanh(part / self.softcap)
+                part = part.div_(self.softcap).tanh_().mul_(self.softcap)
             yield start, part
 
     def augmented_slices(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, scale · [W b] (≤ 8192, D or D+1) float32) for one slice of the vocabulary after the other."""
-        for start in range(0, self.vocab_size, _SLICE):
-            rows = self.weight[start : start + _SLICE].float()
+        """(first row, scale · [W b] (slice, D') float32) for one slice of the vocabulary after the other."""
+        for start, stop in _slices(self.vocab_size, self.width):
+            rows = self.weight[start:stop].float()
             if self.bias is not None:
-                rows = torch.cat([rows, self.bias[start : start + _SLICE].float()[:, None]], dim=1)
-            yield start, rows * self.scale
+                rows = torch.cat([rows, self.bias[start:stop].float()[:, None]], dim=1)
+            yield start, rows if self.scale == 1 else rows * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFactors:
-    """What stands in for a linear head: R (r, D') and P (d1, D') float32, D' = D, or D+1 with a bias."""
+    """What stands in for a linear head."""
 
-    gram_factor: Tensor
+    blocks: tuple[tuple[int, Tensor], ...]
+    """Rᵀ by blocks of columns: (first row that is not zero, that block from there on) float32."""
     projected: Tensor
+    """P (d1, D') float32."""
+
+    def times_root(self, hidden: Tensor) -> Tensor:
+        """H (N, D') float32 → H Rᵀ (N, r), whose singular values are those of the logits."""
+        if len(self.blocks) == 1 and self.blocks[0][0] == 0:
+            return hidden @ self.blocks[0][1]
+        product = hidden.new_empty(hidden.shape[0], sum(block.shape[1] for _, block in self.blocks))
+        done = 0
+        for first, block in self.blocks:
+            torch.mm(hidden[:, first:], block, out=product[:, done : done + block.shape[1]])
+            done += block.shape[1]
+        return product
 
 
 def append_ones(hidden: Tensor) -> Tensor:
@@ -90,31 +128,68 @@ def factor_head(head: LMHead, projection: BilinearProjection) -> HeadFactors:
     """R and P of a linear head, on the device of its weight, in one pass over slices of the vocabulary.
 
     WᵀW is formed in float64 where the device has it: its eigenvalues are squares, and in float32 those below 1e-7 of the largest
-    would be rounding, which the nuclear norm sums up (5e-4 of it for a weight of low rank). Costs 1.5× float32, once per weight.
-    R is the Cholesky factor of WᵀW; when W has not full column rank, the square root from its eigenvalues instead; and W itself
-    when V ≤ D.
+    would be rounding, which the nuclear norm sums up (5e-4 of it for a weight of low rank). Of its blocks only those on and below
+    the diagonal are formed. R is its Cholesky factor; when W has not full column rank, the square root from its eigenvalues
+    instead; and W itself when V ≤ D'. Waits for the device once.
     """
-    device = head.weight.device
-    accumulate = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-    width = head.weight.shape[1] + (head.bias is not None)
-    gram = torch.zeros(width, width, dtype=accumulate, device=device)
-    projected = torch.zeros(projection.vocabulary.d, width, dtype=accumulate, device=device)
-    for start, rows in head.augmented_slices():
-        exact = rows.to(accumulate)
-        gram += exact.T @ exact
-        gamma1 = projection.vocabulary.columns(start, start + rows.shape[0]).to(device)
-        projected += (gamma1 @ rows).to(accumulate)
-    if head.vocab_size <= width:
-        gram_factor = torch.cat([rows for _, rows in head.augmented_slices()])
-    else:
-        gram_factor = _square_root(gram).float()
-    return HeadFactors(gram_factor=gram_factor, projected=projected.float())
+    width, device = head.width, head.weight.device
+    dtype = choose_dtype(device)
+    edges = _edges(width)
+    gram = torch.zeros(width, width, dtype=dtype, device=device)
+    projected = torch.zeros(projection.vocabulary.d, width, dtype=dtype, device=device)
+    whole = head.vocab_size <= width
+    with exact_float32():
+        for first, rows in head.augmented_slices():
+            projected += projection.vocabulary.columns(first, first + rows.shape[0]).to(device) @ rows
+            if whole:
+                continue
+            exact = rows.to(dtype)
+            for start, stop in edges:
+                gram[start:, start:stop].addmm_(exact[:, start:].T, exact[:, start:stop])
+        if whole:
+            root = torch.cat([rows for _, rows in head.augmented_slices()])
+            return HeadFactors(blocks=((0, root.T),), projected=projected.float())
+    return HeadFactors(blocks=_root_blocks(gram, edges), projected=projected.float())
 
 
-def _square_root(gram: Tensor) -> Tensor:
-    """R with RᵀR = gram (n, n). Waits for the device once, when the head is factored, never per step."""
+def _root_blocks(gram: Tensor, edges: list[tuple[int, int]]) -> tuple[tuple[int, Tensor], ...]:
+    """Blocks of Rᵀ with RᵀR = gram (n, n), whose lower triangle is read."""
     lower, info = torch.linalg.cholesky_ex(gram)
     if int(info) == 0:
-        return lower.T
+        return tuple((start, lower[start:, start:stop].float().contiguous()) for start, stop in edges)
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    return eigenvalues.clamp_min(0).sqrt()[:, None] * vectors.T
+    return ((0, (vectors * eigenvalues.clamp_min(0).sqrt()).float()),)
+
+
+def slices_are_cheaper(head: LMHead, lengths: Sequence[int], projection: BilinearProjection) -> bool:
+    """Whether candidates of these lengths are scored for less by slices of the vocabulary than by factoring the head for them alone."""
+    return slices_flops(head, lengths, projection) < factoring_flops(head, lengths, projection)
+
+
+def factoring_flops(head: LMHead, lengths: Sequence[int], projection: BilinearProjection) -> float:
+    """Float32 operations of R, P and the candidates' products with them, a float64 one counted twice; a multiply-add is two."""
+    v, d, d1 = head.vocab_size, head.width, projection.vocabulary.d
+    share = (1 + 1 / len(_edges(d))) / 2
+    root = 0 if v <= d else _FLOAT64_COST * (2 * v * d * d * share + d**3 / 3)
+    grams = sum(_FLOAT64_COST * 2 * min(n, d) ** 2 * max(n, d) for n in lengths)
+    return root + 2 * d1 * v * d + 2 * sum(lengths) * d * d * share + grams
+
+
+def slices_flops(head: LMHead, lengths: Sequence[int], projection: BilinearProjection) -> float:
+    """The same of logits by slices of the vocabulary, their Gram matrices and projections."""
+    v, d, d1, d2 = head.vocab_size, head.weight.shape[1], projection.vocabulary.d, projection.tokens.d
+    grams = sum(_FLOAT64_COST * 2 * n * n * v for n in lengths)
+    return 2 * sum(lengths) * d * v + grams + 2 * d2 * v * (sum(lengths) + d1 * len(lengths))
+
+
+def _slices(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of slices whose rows of `width` values take 32 MB in float64 at most, but for slices of 128 rows."""
+    step = max(128, _SLICE_BYTES // (8 * width) // 128 * 128)
+    for start in range(0, vocab_size, step):
+        yield start, min(start + step, vocab_size)
+
+
+def _edges(width: int) -> list[tuple[int, int]]:
+    """(start, stop) of the column blocks of a triangular factor."""
+    step = max(64, -(-width // _BLOCKS // 32) * 32)
+    return [(start, min(start + step, width)) for start in range(0, width, step)]

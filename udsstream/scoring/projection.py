@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,17 +71,24 @@ class TrigonometricSketch:
     def columns(self, start: int, stop: int) -> Tensor:
         """Γ[:, start:stop]: (d, stop - start) float32 on the CPU.
 
-        The angle is reduced in integers before the cosine, so that column 150,000 is as accurate as column 0.
+        The angle is reduced in integers, so that column 150,000 is as accurate as column 0 and cosines can be looked up.
         """
-        j = np.arange(start, stop, dtype=np.int64)
-        k = self.frequencies[:, None]
+        table, step, shift = self._cosines
+        places = torch.from_numpy(self.frequencies)[:, None] * (step * torch.arange(start, stop) + shift)
+        columns = table.take(places.remainder_(len(table)))
+        if self.scale == "isometric":
+            columns[torch.from_numpy(self.frequencies == 0)] = math.sqrt(1 / self.d)
+        return columns.mul_(torch.from_numpy(self.signs[start:stop]))
+
+    @cached_property
+    def _cosines(self) -> tuple[Tensor, int, int]:
+        """Amplitude times cosine for every angle that occurs, float32, and (a, b) such that column j has angle k·(a·j + b)."""
         if self.scale == "reference":
-            cosines = np.cos(2 * math.pi / self.n * ((k * j) % self.n))
-            amplitude = np.full((self.d, 1), math.sqrt(self.n / self.d))
+            period, amplitude, step, shift = self.n, math.sqrt(self.n / self.d), 1, 0
         else:
-            cosines = np.cos(math.pi / (2 * self.n) * ((k * (2 * j + 1)) % (4 * self.n)))
-            amplitude = np.where(k == 0, math.sqrt(1 / self.d), math.sqrt(2 / self.d))
-        return torch.from_numpy((amplitude * cosines * self.signs[start:stop]).astype(np.float32))
+            period, amplitude, step, shift = 4 * self.n, math.sqrt(2 / self.d), 2, 1
+        table = amplitude * np.cos(2 * math.pi / period * np.arange(period))
+        return torch.from_numpy(table.astype(np.float32)), step, shift
 
 
 @dataclass(frozen=True, kw_only=True)
