@@ -7,6 +7,7 @@ import copy
 import datetime
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import uds_log
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from numpy_run import NumpyRun
+from typer.testing import CliRunner
 
 from udsstream.audit import dsse
 from udsstream.audit.attestation import (
@@ -29,6 +32,7 @@ from udsstream.audit.attestation import (
     verify_attestation,
 )
 from udsstream.audit.report import AuditReport, Finding
+from udsstream.cli import app
 from udsstream.errors import AttestationError, LogError
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -456,7 +460,7 @@ def test_a_file_that_is_none_or_huge_is_refused(tmp_path: Path) -> None:
         read_attestation(tmp_path / "a.json")
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(AttestationError, match="has 1099511627776 bytes"):
+    with pytest.raises(AttestationError, match=r"the attestation cannot be read: .* has 1099511627776 bytes"):
         read_attestation(tmp_path / "a.json")
     with pytest.raises(AttestationError, match="not a regular file"):
         read_attestation(tmp_path)
@@ -475,6 +479,114 @@ def test_every_changed_byte_of_a_signed_attestation_is_noticed(envelope: dict[st
         assert check.findings == ()
         keyid = data.index(b'"keyid":"') + len(b'"keyid"')
         assert keyid - 7 <= at <= keyid + 66
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+def udsstream(*arguments: object, answer: str | None = None) -> Any:
+    return CliRunner().invoke(app, ["audit", *map(str, arguments)], input=answer, env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    (tmp_path / "key.pem").write_bytes(PRIVATE)
+    (tmp_path / "locked.pem").write_bytes(pem(KEY, b"secret"))
+    (tmp_path / "pub.pem").write_bytes(PUBLIC)
+    (tmp_path / "other.pem").write_bytes(public_pem(OTHER))
+    return tmp_path
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> Path:
+    """A log in which an audit finds nothing."""
+    NumpyRun(tmp_path / "audited").begin().steps(0, 8).checkpoint(8).steps(8, 12).close()
+    return tmp_path / "audited"
+
+
+def test_attest_and_verify_from_the_command_line(audited: Path, keys: Path) -> None:
+    out = keys / "a.json"
+    done = udsstream(audited, "--attest", out, "--key", keys / "key.pem")
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    assert f"Attested in {out}, signed with key {dsse.key_id(KEY.public_key())}." in done.stdout
+    assert out.read_bytes().endswith(b"}\n")
+    done = udsstream(audited, "--verify-attestation", out, "--public-key", keys / "pub.pem")
+    assert done.exit_code == 0, done.output
+    assert "Verdict: the log holds unchanged what was attested" in done.stdout
+    done = udsstream(audited, "--verify-attestation", out, "--json")
+    assert json.loads(done.stdout)["signature"] == "not checked"
+    done = udsstream(audited, "--verify-attestation", out, "--public-key", keys / "other.pem")
+    assert done.exit_code == 2
+    assert "AttestationError: signed by another key" in done.stderr
+    done = udsstream(audited, "--verify-attestation", out, "--public-key", keys / "other.pem", "--json")
+    assert json.loads(done.stdout)["exit_code"] == 2
+    flip_segment(audited)
+    done = udsstream(audited, "--verify-attestation", out, "--public-key", keys / "pub.pem")
+    assert done.exit_code == 1
+    assert "this log is not what was attested" in done.stdout
+
+
+def test_an_encrypted_key_is_asked_for_before_the_audit(audited: Path, keys: Path) -> None:
+    done = udsstream(audited, "--attest", keys / "a.json", "--key", keys / "locked.pem", "--json", answer="secret\n")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["attestation"]["keyid"] == dsse.key_id(KEY.public_key())
+    done = udsstream(audited, "--attest", keys / "b.json", "--key", keys / "locked.pem", answer="wrong\n")
+    assert (done.exit_code, done.stdout.strip()) == (2, "")
+    assert "does not open the private key" in done.stderr
+    assert not (keys / "b.json").exists()
+
+
+def test_without_a_key_the_statement_is_bare(audited: Path, keys: Path) -> None:
+    done = udsstream(audited, "--attest", keys / "a.json")
+    assert "not signed" in done.stdout
+    assert json.loads((keys / "a.json").read_bytes())["_type"] == "https://in-toto.io/Statement/v1"
+    assert udsstream(audited, "--verify-attestation", keys / "a.json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--key", "key.pem"], "only with --attest is anything signed"),
+        (["--public-key", "pub.pem"], "it goes with --verify-attestation"),
+        (["--verify-attestation", "a.json", "--data"], "verified instead of an audit"),
+        (["--verify-attestation", "a.json", "--attest", "b.json"], "verified instead of an audit"),
+        (["--attest", "key.pem"], "key.pem exists, and is not overwritten"),
+        (["--attest", "a.json", "--key", "none.pem"], "the key cannot be read: there is no file none.pem"),
+        (["--attest", "no/a.json"], "the attestation cannot be written to no/a.json"),
+        (["--verify-attestation", "a.json"], "the attestation cannot be read: there is no file a.json"),
+        (["--verify-attestation", "key.pem"], "the attestation is not JSON"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    audited: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(keys)
+    done = udsstream(audited, *arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_the_documented_example_runs(audited: Path, keys: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "attestation.md").read_text()
+    (keys / "runs").mkdir()
+    audited.rename(keys / "runs" / "a")
+    (example,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], cwd=keys, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "holds unchanged what was attested" in done.stdout
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl on this machine for the documented commands")
+    for name in ("a.json", "key.pem", "pub.pem"):
+        (keys / name).unlink()
+    (block,) = re.findall(r"```bash\n(.*?)```", document, flags=re.DOTALL)
+    lines = [line.split("#")[0].split() for line in block.splitlines() if line]
+    assert [command for command, *_ in lines] == ["openssl", "openssl", "udsstream", "udsstream"]
+    for command, *arguments in lines:
+        start = (
+            [sys.executable, "-c", "from udsstream.cli import main; main()"] if command == "udsstream" else [command]
+        )
+        done = subprocess.run([*start, *arguments], cwd=keys, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 # -- keys and the standard ---------------------------------------------------------------------------------------

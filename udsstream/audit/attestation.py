@@ -14,14 +14,14 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from udsstream.audit import dsse
-from udsstream.errors import AttestationError, LogCorruptError
+from udsstream.errors import AttestationError, LogCorruptError, LogError
 from udsstream.selection_log import layout
 from udsstream.selection_log.checkpoints import heads_files, read_heads
 from udsstream.selection_log.digest import merkle_root, rank_head
@@ -33,6 +33,8 @@ from udsstream.selection_log.state import read_state
 from udsstream.selection_log.verification import Examination, Fault, examine
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from udsstream.audit.report import AuditReport
 
 __all__ = [
@@ -40,13 +42,16 @@ __all__ = [
     "PREDICATE_TYPE",
     "STATEMENT_TYPE",
     "AttestationCheck",
+    "Signer",
     "SubjectCheck",
     "make_statement",
     "read_attestation",
+    "read_key",
     "render",
     "serialize",
     "sign",
     "verify_attestation",
+    "write_attestation",
 ]
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -56,6 +61,8 @@ PREDICATE_TYPE = "urn:udsstream:selection-log-audit:v1"
 
 SIZE_LIMIT = 16 << 20
 """Bytes of an attestation; each checkpoint takes about 400."""
+
+_KEY_LIMIT = 1 << 20
 
 _CHECKPOINT = re.compile(r"_heads/(ba(\d{8,})(?:-a\d+)?)")
 
@@ -120,7 +127,24 @@ def sign(statement: Mapping[str, Any], private_key_pem: bytes, *, passphrase: ds
     Raises:
         AttestationError: the key cannot be used, or the package cryptography is not installed.
     """
-    return dsse.seal(PAYLOAD_TYPE, serialize(statement), dsse.private_key(private_key_pem, passphrase))
+    return Signer(dsse.private_key(private_key_pem, passphrase)).sign(statement)
+
+
+class Signer:
+    """A private key that was read, and its passphrase asked for, before there is anything to sign."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.keyid = dsse.key_id(key.public_key())
+
+    @classmethod
+    def read(cls, path: Path, *, ask: Callable[[], bytes]) -> Signer:
+        """The key in a PEM file; `ask` is called for a passphrase if it is encrypted."""
+        return cls(dsse.private_key(read_key(path), ask))
+
+    def sign(self, statement: Mapping[str, Any]) -> dict[str, Any]:
+        """As the function of this name."""
+        return dsse.seal(PAYLOAD_TYPE, serialize(statement), self._key)
 
 
 def _list(value: Any) -> list[Any]:
@@ -245,12 +269,36 @@ def read_attestation(path: Path) -> bytes:
     Raises:
         AttestationError: there is none, or it is too large to be one.
     """
+    return _read(path, "attestation", SIZE_LIMIT)
+
+
+def read_key(path: Path) -> bytes:
+    """The bytes of a key's file; AttestationError as for an attestation."""
+    return _read(path, "key", _KEY_LIMIT)
+
+
+def _read(path: Path, what: str, limit: int) -> bytes:
     try:
-        return read_small(path, SIZE_LIMIT)
+        return read_small(path, limit)
     except FileNotFoundError as error:
-        raise AttestationError(f"there is no file {path}") from error
-    except Exception as error:
-        raise AttestationError(f"the attestation cannot be read: {error}") from error
+        raise AttestationError(f"the {what} cannot be read: there is no file {path}") from error
+    except LogError as error:
+        raise AttestationError(f"the {what} cannot be read: {error}") from error
+
+
+def write_attestation(path: Path, attestation: Mapping[str, Any]) -> None:
+    """Puts a Statement or an envelope into a new file.
+
+    Raises:
+        AttestationError: there is such a file already, or it cannot be written.
+    """
+    try:
+        with path.open("xb") as file:
+            file.write(serialize(attestation) + b"\n")
+    except FileExistsError as error:
+        raise AttestationError(f"{path} exists: an attestation is not overwritten; name another file") from error
+    except OSError as error:
+        raise AttestationError(f"the attestation cannot be written to {path}: {error.strerror or error}") from error
 
 
 def verify_attestation(

@@ -204,6 +204,6 @@ def _base64(text: object, what: str) -> bytes:
     again = base64.urlsafe_b64encode(data) if safe else base64.b64encode(data)
     if again.decode() != text:
         raise AttestationError(
-            f"the envelope's {what} is not canonical base64: the same bytes are spelt in another way by whoever encodes them in one alphabet, padded"
+            f"the envelope's {what} is not canonical base64: whoever encodes the same bytes spells them in another way"
         )
     return data
