@@ -115,10 +115,10 @@ from udsstream.audit.run import audit
 def peak():  # of this process alone; getrusage's includes what the parent had when it forked
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = peak()
-began = time.perf_counter()
+began, used = time.perf_counter(), time.process_time()
 report = audit(Path(sys.argv[1]))
-seconds = time.perf_counter() - began
-print(f"  audit {seconds:.1f} s, {report.steps / seconds:,.0f} steps/s, peak {peak():.0f} MB ({before:.0f} before it began)")
+seconds, used = time.perf_counter() - began, time.process_time() - used
+print(f"  audit {seconds:.1f} s ({used:.1f} s of all cores), {report.steps / seconds:,.0f} steps/s, peak {peak():.0f} MB ({before:.0f} before it began)")
 print(f"  {report.verdict}")
 for sentence in report.checked:
     if sentence.startswith(("digest", "inter")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ class NumpyRun:
     """Embeddings that the memory begins with."""
     length: int = 25
     """Steps that the run is planned for, for start and end in `dur`."""
+    forge: Callable[[int, dict[str, Any], np.ndarray], np.ndarray | None] | None = None
+    """Changes a step's columns before they are written; may give other places to push."""
+    forge_rows: Callable[[int, np.ndarray], np.ndarray] | None = None
+    """Changes the embeddings before the memory and its digest take them."""
+    forge_push: Callable[[int, dict[str, Any]], None] | None = None
+    """Changes what is written about a step's pushes (step −1: the memory that was taken over)."""
     writers: list[SelectionLogWriter] = dataclasses.field(default_factory=list)
     pushed: int = 0
     digest: bytes = bytes(32)
@@ -176,15 +183,15 @@ class NumpyRun:
                 score = (intra.astype(np.float64) + alpha * inter.astype(np.float64)).astype(np.float32)
                 out |= {"intra": intra, "inter": inter}
             out["score"] = score
-            kept = np.sort(np.argsort(-score.astype(np.float64), kind="stable")[: self.config.kept(count)])
-        out["selected"] = np.isin(position, kept)
-        order = np.ma.masked_all(count, np.int32)
-        order[kept] = np.arange(len(kept))
-        out["train_order"] = order
+            kept = rechoose(out, self.config)
+        choose(out, kept)
         return out, kept, embeddings
 
     def step(self, step: int) -> None:
         columns, kept, embeddings = self.columns(step)
+        if self.forge is not None:
+            changed = self.forge(step, columns, kept)
+            kept = kept if changed is None else changed
         count = len(columns["position"])
         self.samples += count
         owner = np.arange(count) * self.world_size // count
@@ -195,19 +202,22 @@ class NumpyRun:
             self._push(step, embeddings[kept], columns["position"][kept], columns["sample_id"][kept], owner[kept])
 
     def _push(self, step: int, rows: np.ndarray, positions: np.ndarray, ids: np.ndarray, owner: np.ndarray) -> None:
+        if self.forge_rows is not None:
+            rows = self.forge_rows(step, rows)
         self.digest = hashlib.sha256(self.digest + rows.astype("<f4").tobytes()).digest()
-        index = self.pushed + np.arange(len(rows))
+        push = {
+            "positions": positions.astype(np.int32),
+            "sample_ids": ids.astype(np.int64),
+            "push_index": self.pushed + np.arange(len(rows)),
+            "embeddings": rows,
+        }
+        said = {"digest": self.digest, **push}
+        if self.forge_push is not None:
+            self.forge_push(step, said)
         for rank, writer in enumerate(self.writers):
-            mine = owner == rank
+            mine = owner[: len(said["positions"])] == rank
             if mine.any():
-                writer.push(
-                    step,
-                    positions=positions[mine].astype(np.int32),
-                    sample_ids=ids[mine].astype(np.int64),
-                    push_index=index[mine],
-                    embeddings=rows[mine],
-                    digest=self.digest,
-                )
+                writer.push(step, digest=said["digest"], **{name: said[name][mine] for name in push})
         self.pushed += len(rows)
         self.memory = np.concatenate([self.memory, rows])[-self.config.buffer_size :]
 
@@ -253,9 +263,34 @@ class NumpyRun:
 
 
 def finished(root: Path, *, steps: int = 25, **settings: Any) -> NumpyRun:
-    """A run of 25 steps (two epochs and a bit) in three segments, with checkpoints at 6 and 12, closed in order."""
-    given = {name: settings.pop(name) for name in ("changes", "world_size", "warm") if name in settings}
+    """A run of 25 steps (two epochs and a bit) in three segments, with checkpoints at 6, 12 and 20, closed in order."""
+    names = ("changes", "world_size", "warm", "forge", "forge_rows", "forge_push")
+    given = {name: settings.pop(name) for name in names if name in settings}
     run = NumpyRun(root=root, config=selection(**settings), **given).begin()
     run.steps(0, 6).checkpoint(6).seal()
     run.steps(6, 12).checkpoint(12).seal()
-    return run.steps(12, steps).close()
+    return run.steps(12, 20).checkpoint(20).steps(20, steps).close()
+
+
+def rechoose(columns: dict[str, Any], config: SelectionConfig) -> np.ndarray:
+    """Puts the choice that the scores in `columns` give; the places of the kept."""
+    score = columns["score"].astype(np.float64)
+    return choose(columns, np.sort(np.argsort(-score, kind="stable")[: config.kept(len(score))]))
+
+
+def choose(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+    """Puts a choice; the places of the kept."""
+    count = len(columns["position"])
+    columns["selected"] = np.isin(np.arange(count), kept)
+    order = np.ma.masked_all(count, np.int32)
+    order[kept] = np.arange(len(kept))
+    columns["train_order"] = order
+    return kept
+
+
+def rescore(columns: dict[str, Any], config: SelectionConfig) -> None:
+    """Puts the score that `intra` and `inter` in `columns` give."""
+    alpha = config.resolved_alpha(VOCABULARY)
+    columns["score"] = (columns["intra"].astype(np.float64) + alpha * columns["inter"].astype(np.float64)).astype(
+        np.float32
+    )

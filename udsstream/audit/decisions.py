@@ -404,7 +404,11 @@ def _check_draw(
     scored: np.ndarray,
     ledger: Ledger,
 ) -> int:
-    """The scores of method "random" are uniform numbers that follow from the seed, the epoch and the batch in it alone; how many steps were drawn."""
+    """The scores of method "random" are uniform numbers that follow from the seed, the epoch and the batch in it alone.
+
+    Returns:
+        How many steps were drawn again.
+    """
     # The draw's stream is named by its purpose, so that no other draw of the run shares it.
     purpose = np.frombuffer(hashlib.sha256(b"method/random").digest()[:16], "<u4").tolist()
     bad: list[tuple[int, float]] = []

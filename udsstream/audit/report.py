@@ -90,7 +90,8 @@ class AuditReport:
         if self.anchored and self.anchor is not None:
             rest = self.steps - self.anchor.covers
             return (
-                f"intact relative to this anchor: {self.anchor.source}, before step {self.anchor.step}, Merkle root {self.anchor.root[:16]}…"
+                f"intact relative to this anchor: {self.anchor.source}, before step {self.anchor.step}, Merkle root "
+                f"{self.anchor.root[:16]}…"
                 + (
                     f"; {rest:,} of {self.steps:,} steps were written later, and are only consistent with themselves"
                     if rest
