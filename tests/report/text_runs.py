@@ -14,6 +14,7 @@ from streaming import MDSWriter
 from udsstream.selection_log.writer import SelectionLogWriter
 
 ALPHA = 0.5
+INLINE = {"a", "b", "bdi", "code", "i", "span", "strong"}
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
@@ -149,6 +150,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        self._separate(tag)
         if len(dict(attrs)) != len(attrs):
             self.mistakes.append(f"an attribute twice in {tag}: {attrs}")
         if tag not in VOID:
@@ -158,6 +160,7 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
+        self._separate(tag)
         if not self._open or self._open[-1] != tag:
             self.mistakes.append(f"</{tag}> at line {self.getpos()[0]}, open are {self._open}")
         else:
@@ -165,6 +168,10 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append((tuple(self._open), data))
+
+    def _separate(self, tag: str) -> None:
+        if tag not in INLINE:
+            self.texts.append((("",), " "))
 
     def inside(self, tag: str) -> list[str]:
         """What stands directly in elements of this kind."""

@@ -15,6 +15,9 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where the page goes; RUN/report.html without it.")] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="Leave out what the samples say.")] = False,
     samples: Annotated[int, typer.Option(min=0, max=20, help="Samples shown of each kind.")] = 2,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A Composer checkpoint of the run: the audit compares the log with it.")
+    ] = None,
     stream: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Where a stream is now (repeatable).")
     ] = None,
@@ -26,7 +29,7 @@ def report(
     from udsstream.report.write import write_report
 
     places = dict(_stream(text) for text in stream or [])
-    written = write_report(run, out=out, text=not no_text, streams=places, per_kind=samples)
+    written = write_report(run, out=out, text=not no_text, streams=places, per_kind=samples, checkpoint=checkpoint)
     print(f"{written.path} ({written.bytes / 1000:,.0f} kB). Audit: {written.verdict}.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ __all__ = ["BEGINNING", "Content", "flatten", "render", "top_streams"]
 BEGINNING = "<!doctype html>\n<!-- udsstream report -->\n"
 """How every report begins, so that nothing else is ever overwritten by one."""
 
-_FINDINGS = 20
+_FINDINGS = 4
 _SENTENCES = 100
 _STREAMS_DRAWN = 8
 _STREAMS_LISTED = 300
@@ -121,7 +122,7 @@ def _verdict(audit: AuditReport | str) -> str:
     if isinstance(audit, str):
         return (
             '<section class="verdict bad" aria-labelledby="verdict"><h2 id="verdict"><strong>Not audited</strong></h2>'
-            f"<p>{escape(audit)}</p></section>"
+            f"<p>{_prose(audit)}</p></section>"
         )
     total = sum(audit.found.values()) or len(audit.findings)
     if audit.exit_code:
@@ -130,22 +131,29 @@ def _verdict(audit: AuditReport | str) -> str:
         heading = "Intact relative to the anchor"
     else:
         heading = "Nothing was found"
-    shown = audit.findings[:_FINDINGS]
-    findings = "".join(
-        f"<li><code>{escape(finding.check)}</code> {escape(_brief(finding.message, 2 * _VALUE_CHARACTERS))}{_place(finding)}</li>"
-        for finding in shown
-    )
-    more = total - len(shown)
     return (
         f'<section class="verdict{" bad" if audit.exit_code else ""}" aria-labelledby="verdict">'
         f'<h2 id="verdict">Audit: <strong>{heading}</strong></h2>'
-        f"<p>{escape(_sentence(audit.verdict))}</p>"
-        + (f"<ul>{findings}</ul>" if findings else "")
-        + (f"<p>And {more:,} more: <code>udsstream audit</code> lists them.</p>" if findings and more > 0 else "")
+        f"<p>{_prose(audit.verdict)}</p>{_findings(audit)}"
         + _sentences("What was not checked", audit.unchecked, open_=True)
         + _sentences("What was checked", audit.checked, open_=False)
         + "</section>"
     )
+
+
+def _findings(audit: AuditReport) -> str:
+    """The first few findings of each check, and how many more it had."""
+    items = []
+    for check in dict.fromkeys(finding.check for finding in audit.findings):
+        found = [finding for finding in audit.findings if finding.check == check]
+        items += [
+            f"<li><code>{escape(check)}</code> {_prose(_brief(finding.message, 2 * _VALUE_CHARACTERS))}{_place(finding)}</li>"
+            for finding in found[:_FINDINGS]
+        ]
+        more = audit.found.get(check, len(found)) - min(len(found), _FINDINGS)
+        if more > 0:
+            items.append(f'<li class="muted">… and {more:,} more of <code>{escape(check)}</code></li>')
+    return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 def _place(finding: Any) -> str:
@@ -160,7 +168,7 @@ def _place(finding: Any) -> str:
 def _sentences(title: str, sentences: Sequence[str], *, open_: bool) -> str:
     if not sentences:
         return ""
-    items = [f"<li>{escape(_sentence(sentence))}</li>" for sentence in sentences[:_SENTENCES]]
+    items = [f"<li>{_prose(sentence)}</li>" for sentence in sentences[:_SENTENCES]]
     if len(sentences) > _SENTENCES:
         items.append(f"<li>… and {len(sentences) - _SENTENCES:,} more</li>")
     return (
@@ -648,9 +656,10 @@ def _brief(value: Any, characters: int = _VALUE_CHARACTERS) -> str:
     return f"{shown}…" if shown.left_out else shown
 
 
-def _sentence(text: str) -> str:
-    """With a capital letter and a full stop, as far as the first and the last character allow it."""
-    return text if not text else text[0].upper() + text[1:] + ("" if text[-1] in ".!?…" else ".")
+def _prose(text: str) -> str:
+    """A sentence as HTML: with a capital letter and a full stop as far as they fit, `commands` set as such."""
+    ended = text if not text else text[0].upper() + text[1:] + ("" if text[-1] in ".!?…" else ".")
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(ended))
 
 
 def _number(value: float) -> str:

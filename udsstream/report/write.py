@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from udsstream.audit.run import audit
-from udsstream.errors import ConfigError, LogCorruptError, UdsstreamError
+from udsstream.errors import ConfigError, LogCorruptError, LogError
 from udsstream.report.figures import Figures, measure
 from udsstream.report.page import BEGINNING, Content, render
 from udsstream.report.samples import pick, read_text
@@ -37,6 +37,7 @@ def write_report(
     text: bool = True,
     streams: Mapping[str, str] | None = None,
     per_kind: int = 2,
+    checkpoint: Path | None = None,
 ) -> WrittenReport:
     """Writes the report of the run in a folder; the same log gives the same bytes.
 
@@ -45,9 +46,11 @@ def write_report(
         text: show what a few samples say, read from the streams.
         streams: local folders of streams, by their names in run.json, where they are not where they were.
         per_kind: samples shown of each kind.
+        checkpoint: a Composer checkpoint of the run, whose word on the log the audit takes as its anchor.
 
     Raises:
         LogError: there is no log in the folder, or its run.json cannot be read.
+        ResumeError: the checkpoint cannot be read, or holds no word on a log.
         ConfigError: `streams` names a stream that the run does not have; or the page cannot be written to `out`, or would replace
             something that is no report.
     """
@@ -55,8 +58,8 @@ def write_report(
     path = Path(out) if out is not None else log.root / "report.html"
     _check_place(path)
     try:
-        verdict = audit(root)
-    except UdsstreamError as error:
+        verdict = audit(root, checkpoint=checkpoint)
+    except LogError as error:
         verdict = f"{type(error).__name__}: {error}"
     figures: Figures | str
     picks = []
