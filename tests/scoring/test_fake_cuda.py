@@ -66,14 +66,17 @@ def finish(scores, cuda):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_step_in_hidden_space_neither_mixes_devices_nor_waits(scorer, cuda, bias):
+@pytest.mark.parametrize("form", [None, "polar", "gram", "svd"])
+def test_a_step_in_hidden_space_neither_mixes_devices_nor_waits(scorer, cuda, bias, form):
     width = D + bias
+    scorer._form = form
     head = LMHead(
         weight=torch.randn(V, D, device=cuda, dtype=torch.bfloat16), bias=torch.randn(V, device=cuda) if bias else None
     )
     scorer._factors = HeadFactors(
         blocks=((0, torch.randn(width, 40, device=cuda)), (40, torch.randn(width - 40, width - 40, device=cuda))),
         projected=torch.randn(16, width, device=cuda),
+        sample=torch.randn(64, D, device=cuda, dtype=torch.bfloat16),
     )
     scorer._version = "frozen"
     finish(scorer.score_hidden(hidden_states(cuda), head, version="frozen"), cuda)
@@ -96,6 +99,8 @@ def test_factoring_a_narrow_head_does_not_wait(cuda):
 def test_the_other_forms_neither_mix_devices_nor_wait(scorer, cuda):
     head = LMHead(weight=torch.randn(V, D, device=cuda), softcap=30.0)
     finish(scorer.score_hidden(hidden_states(cuda), head), cuda)
+    scorer._slices = True  # what the cost rule may choose for a head that trains
+    finish(scorer.score_hidden(hidden_states(cuda), LMHead(weight=torch.randn(V, D, device=cuda))), cuda)
     finish(scorer.score_logits([torch.randn(n, V, device=cuda, dtype=torch.bfloat16) for n in LENGTHS]), cuda)
 
 

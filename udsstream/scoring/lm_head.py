@@ -105,6 +105,16 @@ class HeadFactors:
     """Rᵀ by blocks of columns: (first row that is not zero, that block from there on) float32."""
     projected: Tensor
     """P (d1, D') float32."""
+    sample: Tensor
+    """Some rows of the weight that they were made of, as it was."""
+
+    def differs_from(self, head: LMHead) -> Tensor:
+        """Whether the head's weight is another one than these were made of, judged by some of its rows; a boolean on its device.
+
+        An optimizer moves every row at once. This finds a step that was written past PyTorch's version counters (`.data`, foreign
+        kernels); versions find all others.
+        """
+        return (_sampled_rows(head) != self.sample).any()
 
     def times_root(self, hidden: Tensor) -> Tensor:
         """H (N, D') float32 → H Rᵀ (N, r), whose singular values are those of the logits."""
@@ -148,8 +158,14 @@ def factor_head(head: LMHead, projection: BilinearProjection) -> HeadFactors:
                 gram[start:, start:stop].addmm_(exact[:, start:].T, exact[:, start:stop])
         if whole:
             root = torch.cat([rows for _, rows in head.augmented_slices()])
-            return HeadFactors(blocks=((0, root.T),), projected=projected.float())
-    return HeadFactors(blocks=_root_blocks(gram, edges), projected=projected.float())
+            return HeadFactors(blocks=((0, root.T),), projected=projected.float(), sample=_sampled_rows(head).clone())
+    return HeadFactors(
+        blocks=_root_blocks(gram, edges), projected=projected.float(), sample=_sampled_rows(head).clone()
+    )
+
+
+def _sampled_rows(head: LMHead) -> Tensor:
+    return head.weight.detach()[:: -(-head.vocab_size // 64)]
 
 
 def _root_blocks(gram: Tensor, edges: list[tuple[int, int]]) -> tuple[tuple[int, Tensor], ...]:

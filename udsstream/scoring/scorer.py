@@ -17,6 +17,7 @@ What is not here: making the hidden states (`udsstream/mosaicml/trunk.py`), the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ from udsstream.scoring.nuclear_norm import (
 from udsstream.scoring.projection import BilinearProjection
 
 __all__ = ["CandidateScorer", "CandidateScores"]
+
+log = logging.getLogger(__name__)
 
 _GROUP_BYTES = 16 * 2**20
 """Candidates are scored together until their hidden states take this in float32: enough rows for a fast product, little memory."""
@@ -84,6 +87,9 @@ class CandidateScorer:
     def score_hidden(self, hidden: Sequence[Tensor], head: LMHead, *, version: Hashable = None) -> CandidateScores:
         """Scores candidates given their real tokens' final hidden states, one (N_i, D) each, as they enter the head.
 
+        R and P that turn out to be another weight's, although `version` is the same, are made anew on the CPU; elsewhere, where to
+        look would be to wait, `intra` is NaN then, which selection refuses.
+
         Args:
             hidden: any float dtype; computed in float32.
             head: the head that would be applied to them.
@@ -98,8 +104,10 @@ class CandidateScorer:
             if not head.is_linear or self._takes_slices(head, lengths, version):
                 parts = [self._in_slices(group, head) for group in _groups(hidden)]
             else:
-                factors = self._factors_of(head, version)
+                factors, stale = self._factors_of(head, version)
                 parts = [self._in_hidden_space(group, head, factors) for group in _groups(hidden)]
+                if stale is not None:
+                    parts = [(torch.where(stale, float("nan"), intra), embeddings) for intra, embeddings in parts]
         return self._collect(parts, lengths)
 
     @torch.no_grad()
@@ -115,12 +123,22 @@ class CandidateScorer:
             return self._slices
         return version is None and slices_are_cheaper(head, lengths, self.projection)
 
-    def _factors_of(self, head: LMHead, version: Hashable) -> HeadFactors:
-        if self._factors is None or version is None or version != self._version:
-            self._factors = None  # the old ones make room first
-            self._factors = factor_head(head, self.projection)
-            self._version = version
-        return self._factors
+    def _factors_of(self, head: LMHead, version: Hashable) -> tuple[HeadFactors, Tensor | None]:
+        """R and P, and whether they are stale where that is not known yet."""
+        if self._factors is not None and version is not None and version == self._version:
+            stale = self._factors.differs_from(head)
+            if stale.device.type != "cpu":
+                return self._factors, stale
+            if not bool(stale):
+                return self._factors, None
+            log.warning(
+                "The head's weight was changed past PyTorch's version counters (through .data, or by a foreign kernel); what was kept of "
+                "it is made anew."
+            )
+        self._factors = None  # the old ones make room first
+        self._factors = factor_head(head, self.projection)
+        self._version = version
+        return self._factors, None
 
     def _in_hidden_space(self, hidden: list[Tensor], head: LMHead, factors: HeadFactors) -> tuple[Tensor, Tensor]:
         """intra (b,) and embeddings (b, d) through R and P; not yet divided by anything."""
