@@ -384,6 +384,32 @@ def test_near_duplicates_need_every_embedding(plain: SelectionLog, tmp_path: Pat
     assert near_duplicates(log, until=0).typical_distance is None
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"streams": "pairs"},
+        {"streams": [1, None]},
+        {"streams": [{"samples": "x"}]},
+        {"selection": ["uds"]},
+        {"selection": None},
+    ],
+    ids=str,
+)
+def test_a_run_json_of_another_form_does_not_matter(tmp_path: Path, changes: dict[str, Any]) -> None:
+    root = uds_log.write(tmp_path / "a", run=changes)
+    for question in (
+        "--sample=5",
+        "--sample=31",
+        "--streams",
+        "--most=3",
+        "--suppressed",
+        "--length",
+        "--until=ba6",
+        "--step=3",
+    ):
+        assert udsstream(str(root), question)
+
+
 # -- length ------------------------------------------------------------------------------------------------------
 
 

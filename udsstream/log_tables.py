@@ -25,6 +25,7 @@ from udsstream.near_duplicates import NearDuplicates
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = [
+    "ROWS",
     "number",
     "print_counts",
     "print_history",
@@ -37,7 +38,7 @@ __all__ = [
     "share",
 ]
 
-_ROWS = 20
+ROWS = 20
 """Lines of a long list that are shown; `--json` has them all."""
 
 
@@ -90,7 +91,11 @@ def print_history(history: SampleHistory, *, console: Console | None = None) -> 
         _say(console, text)
         return
     turns = sum(not offer.superseded for offer in history.offers)
-    _say(console, f"{name}: offered {_times(turns)}, chosen {_times(history.times_chosen)}.")
+    chosen = f"chosen {_times(history.times_chosen)}" if history.times_chosen else "never chosen"
+    _say(
+        console,
+        f"{name}: offered {_times(turns)}, {chosen}." if turns else f"{name}: never offered in the run as it stands.",
+    )
     if history.exists is False:
         _say(console, "The streams in run.json hold no sample with this id: the log contradicts itself.")
     places = {(offer.stream, offer.shard, offer.shard_index) for offer in history.offers if offer.shard is not None}
@@ -170,6 +175,12 @@ def print_counts(counts: Sequence[SampleCount], title: str, *, console: Console 
 def print_suppressed(found: Suppressed, *, console: Console | None = None) -> None:
     """The candidates that diversity decided about, furthest below the median first."""
     console = console or Console()
+    if not found.suppressed:
+        _say(
+            console,
+            f"Nothing was suppressed: in {found.steps:,} scored steps intra alone would have kept what the score kept.",
+        )
+        return
     _say(
         console,
         f"{found.suppressed:,} candidates would have been kept by intra alone, but not by the score, in {found.steps:,} scored steps: "
@@ -178,7 +189,7 @@ def print_suppressed(found: Suppressed, *, console: Console | None = None) -> No
     )
     headings = ("step", "sample", "intra", "inter", "median", "below by", "rank", "kept", "in its place")
     shown = _table(*headings, left=("in its place",))
-    for item in found.items[:_ROWS]:
+    for item in found.items[:ROWS]:
         shown.add_row(
             str(item.step),
             str(item.sample_id),
@@ -205,8 +216,14 @@ def print_near_duplicates(found: NearDuplicates, *, console: Console | None = No
         f"Near-duplicates that were trained on all the same: {found.found:,} pairs nearer than {found.fraction:g} of the typical "
         f"distance, {number(found.typical_distance)} ({found.pushes:,} embeddings, each against the {found.window:,} before it).",
     )
+    if found.same_sample:
+        _say(
+            console, f"And {found.same_sample:,} pairs of a sample with itself, chosen again while the memory held it."
+        )
+    if not found.pairs:
+        return
     shown = _table("sample", "step", "is near to", "of step", "distance", "of the typical")
-    for pair in found.pairs[:_ROWS]:
+    for pair in found.pairs[:ROWS]:
         shown.add_row(
             str(pair.sample_id),
             str(pair.step),
@@ -217,10 +234,6 @@ def print_near_duplicates(found: NearDuplicates, *, console: Console | None = No
         )
     console.print(shown)
     _more(console, found.found)
-    if found.same_sample:
-        _say(
-            console, f"And {found.same_sample:,} pairs of a sample with itself, chosen again while the memory held it."
-        )
 
 
 def print_length(effect: LengthEffect, *, console: Console | None = None) -> None:
@@ -278,12 +291,12 @@ def _say(console: Console, text: str) -> None:
 
 
 def _more(console: Console, count: int) -> None:
-    if count > _ROWS:
-        _say(console, f"… and {count - _ROWS:,} more: --json has them.")
+    if count > ROWS:
+        _say(console, f"… and {count - ROWS:,} more: --json has them.")
 
 
 def _times(count: int) -> str:
-    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count:,} times")
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
 
 
 def _percent(value: float | None) -> str:

@@ -149,7 +149,8 @@ def test_what_was_attested_holds(root: Path) -> None:
         assert (check.findings, check.exit_code, check.signature) == ((), 0, signature)
         assert all(subject.holds for subject in check.subjects)
         assert len(check.subjects) == len(statement["subject"])
-        assert "holds unchanged what was attested on 2026-11-24T04:00:00Z" in check.verdict
+        steps = SelectionLog.open(root).steps()
+        assert f"what was attested on 2026-11-24T04:00:00Z, the steps below {steps[-1] + 1}, by" in check.verdict
         assert json.loads(json.dumps(check.as_dict()))["exit_code"] == 0
         text = render(check, "a.json")
         assert "the data" not in check.unchecked  # the audit's, not ours
@@ -298,6 +299,17 @@ def test_a_bare_statement_that_was_edited_contradicts_run_json(plain: Path) -> N
     assert "is not what run.json says" in finding
 
 
+def test_an_attestation_of_nothing_does_not_hold(plain: Path) -> None:
+    statement = attest(plain)
+    statement["subject"] = [
+        statement["subject"][0],
+        {"name": "9f0e/end", "digest": {"sha256": hashlib.sha256().hexdigest()}},
+    ]
+    statement["predicate"] |= {"checkpoints": [], "end": []}
+    (finding,) = verify_attestation(statement, plain).findings
+    assert finding == "rank 0: the attestation says nothing of it, but the run began with 1 ranks"
+
+
 def test_a_folder_without_a_log_is_an_error(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(LogError, match="is not a selection log"):
         verify_attestation(attest(plain), tmp_path / "nothing")
@@ -421,6 +433,7 @@ def _set(path: str, value: Any) -> Any:
         (_set("predicate.checkpoints.0.step", 5), "'ba00000004' of the predicate is not of the step 5"),
         (_set("predicate.checkpoints.0.name", "../../x"), "is not of the step 4"),
         (_set("predicate.checkpoints.0.attempt", True), "'attempt' is True, expected int"),
+        (lambda statement: statement["predicate"]["end"].append(statement["predicate"]["end"][0]), "has a rank twice"),
         (_set("predicate.end.0.rank", -1), "'rank' is -1, expected a count"),
         (_set("predicate.end.0.selection", None), "'selection' is None, expected dict"),
         (_set("predicate.audit.verdict", "fine\x1b[2J"), "'verdict' is"),

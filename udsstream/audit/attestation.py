@@ -224,6 +224,8 @@ class AttestationCheck:
 
     run_id: str
     made_at: str
+    until: int
+    """It speaks of the steps below this one."""
     attested_verdict: str
     """The verdict of the audit that it tells of."""
     signature: Literal["verified", "not checked", "none"]
@@ -252,7 +254,7 @@ class AttestationCheck:
             "not checked": "by whom was not checked, for no public key was given",
             "none": "by nobody knows whom, for it is not signed",
         }[self.signature]
-        return f"the log holds unchanged what was attested on {self.made_at}, {who}"
+        return f"the log holds unchanged what was attested on {self.made_at}, the steps below {self.until}, {who}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""
@@ -354,7 +356,7 @@ def verify_attestation(
         )
         findings += [fault.message for fault in faults]
         subjects += _check_heads(seen, claims, findings)
-        subjects.append(_check_end(seen, claims, findings))
+        subjects.append(_check_end(seen, claims, file.settings.world_size, findings))
         if seen.summary.rows < claims.rows:
             findings.append(
                 f"{claims.rows:,} decisions were attested, but the log has {seen.summary.rows:,}: it was cut"
@@ -374,6 +376,7 @@ def verify_attestation(
     return AttestationCheck(
         run_id=claims.run_id,
         made_at=claims.made_at,
+        until=claims.until(),
         attested_verdict=claims.audit_verdict,
         signature=signature,
         keyids=keyids,
@@ -419,8 +422,13 @@ def _check_heads(seen: Examination, claims: _Claims, findings: list[str]) -> lis
     return out
 
 
-def _check_end(seen: Examination, claims: _Claims, findings: list[str]) -> SubjectCheck:
+def _check_end(seen: Examination, claims: _Claims, world_size: int, findings: list[str]) -> SubjectCheck:
     reached = []
+    for table, rank in seen.chains:
+        if table == SELECTION and rank < world_size and rank not in {place["rank"] for place in claims.end}:
+            findings.append(
+                f"rank {rank}: the attestation says nothing of it, but the run began with {world_size} ranks"
+            )
     for place in claims.end:
         now = {"rank": place["rank"]}
         for table in TABLES:
@@ -467,6 +475,10 @@ class _Claims:
     def name(self, part: str) -> str:
         return f"{self.run_id}/{part}"
 
+    def until(self) -> int:
+        """The step after the last that was attested."""
+        return max((place[SELECTION]["step"] for place in self.end), default=0)
+
     def anchor(self) -> tuple[int, bytes] | None:
         """The newest attested checkpoint."""
         if not self.checkpoints:
@@ -500,7 +512,7 @@ class _Claims:
             checkpoints.append(
                 {"name": name, "step": place["step"], "attempt": attempt, "root": root, "bufferSha256": buffer}
             )
-        end = [
+        end: list[dict[str, Any]] = [
             {"rank": _count(place, "rank")}
             | {
                 table: {
@@ -512,6 +524,8 @@ class _Claims:
             }
             for place in _get(predicate, "end", list)
         ]
+        if len({place["rank"] for place in end}) != len(end):
+            raise AttestationError("the predicate's end has a rank twice")
         end_root = _end_root(end).hex()
         for name, expected in (("run.json", None), ("end", end_root)):
             if name not in digests:

@@ -115,7 +115,7 @@ def _print_suppressed(opened: Any, below: int | None, *, as_json: bool) -> None:
     from udsstream import log_queries, log_tables
     from udsstream.near_duplicates import near_duplicates
 
-    found = log_queries.suppressed(opened, until=below)
+    found = log_queries.suppressed(opened, until=below, limit=None if as_json else log_tables.ROWS)
     near = near_duplicates(opened, until=below) if opened.run["log"]["embeddings"] == "full" else None
     if as_json:
         print(json.dumps(found.as_dict() | {"near_duplicates": None if near is None else near.as_dict()}, indent=2))
