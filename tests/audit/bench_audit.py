@@ -118,7 +118,8 @@ before = peak()
 began, used = time.perf_counter(), time.process_time()
 report = audit(Path(sys.argv[1]))
 seconds, used = time.perf_counter() - began, time.process_time() - used
-print(f"  audit {seconds:.1f} s ({used:.1f} s of all cores), {report.steps / seconds:,.0f} steps/s, peak {peak():.0f} MB ({before:.0f} before it began)")
+print(f"  audit {seconds:.1f} s ({used:.1f} s of all cores), {report.steps / seconds:,.0f} steps/s")
+print(f"  peak {peak():.0f} MB ({before:.0f} before it began)")
 print(f"  {report.verdict}")
 for sentence in report.checked:
     if sentence.startswith(("digest", "inter")):
