@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from udsstream.errors import ModelError
 from udsstream.mosaicml.head_module import head_version, weight_and_bias
 from udsstream.scoring import scorer as scorer_module
 from udsstream.scoring.lm_head import LMHead, factor_head, factoring_flops, slices_are_cheaper, slices_flops
@@ -197,3 +198,16 @@ def test_without_that_check_the_score_would_be_stale(monkeypatch):
     monkeypatch.setattr(scorer_module.HeadFactors, "differs_from", lambda *_: torch.tensor(False))
     with pytest.raises(AssertionError):
         score(scorer, model, tokens, "a")
+
+
+# Heads that are no matrix -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("Linear4bit", torch.uint8), ("Linear8bitLt", torch.int8)])
+def test_a_quantised_head_is_refused_by_name_with_the_remedy(name, dtype):
+    quantised = type(name, (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})(4, 8)
+    quantised.weight = torch.nn.Parameter(torch.zeros(16, 1, dtype=dtype), requires_grad=False)
+    with pytest.raises(
+        ModelError, match=rf'bitsandbytes\.nn\.modules\.{name}, torch\.\w+ \(16, 1\).*skip_modules=\["lm_head"\]'
+    ):
+        weight_and_bias(quantised)

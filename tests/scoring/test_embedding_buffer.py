@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer, mean_distance
 
@@ -126,11 +127,48 @@ def test_near_duplicates_are_told_apart(gap):
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 33])
-def test_a_distance_does_not_depend_on_the_other_candidates(size):
-    candidates, memory = rows(size, seed=1, dim=1024), rows(1024, seed=2, dim=1024)
-    together = mean_distance(candidates, memory)
-    for place in range(size):
-        assert torch.equal(mean_distance(candidates[place : place + 1], memory)[0], together[place])
+@pytest.mark.parametrize(("held", "dim"), [(1024, 1024), (1, 1024), (77, 1000), (40_000, 3), (3, 40_000)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_distance_does_not_depend_on_the_other_candidates(size, held, dim, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        candidates, memory = rows(size, seed=1, dim=dim), rows(held, seed=2, dim=dim)
+        together = mean_distance(candidates, memory)
+        for place in range(size):
+            assert torch.equal(mean_distance(candidates[place : place + 1], memory)[0], together[place])
+        assert oracles.relative_error(together[0], oracles.mean_distance(candidates[0], memory)) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_distances_take_little_memory_and_no_loop_over_candidates():
+    class Seen(TorchDispatchMode):
+        largest = operations = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.operations += 1
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+            return result
+
+    memory = rows(1024, seed=2, dim=256)
+    counts = []
+    for size in (8, 16):
+        with Seen() as seen:
+            mean_distance(rows(size, seed=1, dim=256), memory)
+        assert seen.largest <= max(2**20, memory.untyped_storage().nbytes())
+        counts.append(seen.operations)
+    assert counts[0] < 8 * 10
+    assert counts[1] < 2.2 * counts[0]
+
+
+def test_elsewhere_than_on_the_cpu_differences_are_taken_too():
+    """The same call of cdist as on a GPU, run here."""
+    candidates, memory = rows(8, seed=1, dim=1024), rows(100, seed=2, dim=1024)
+    found = torch.cdist(candidates, memory, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=1)
+    torch.testing.assert_close(found, mean_distance(candidates, memory), rtol=1e-6, atol=0)
+    assert torch.cdist(memory[:1], memory[:1], compute_mode="donot_use_mm_for_euclid_dist") == 0
 
 
 def test_a_candidate_that_is_not_finite_spoils_its_own_distance_only():

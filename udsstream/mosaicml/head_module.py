@@ -80,6 +80,12 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         or type(base) not in (nn.Linear, nn.Embedding)
     ):
         found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+        if type(base).__module__.startswith("bitsandbytes"):
+            raise ModelError(
+                f"the head is quantised ({type(base).__module__}.{type(base).__name__}, {found}): its weight cannot be read as a matrix. "
+                "Leave the head out of the quantisation, as transformers does unless told otherwise: "
+                'BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"]).'
+            )
         raise ModelError(
             f"the head is a {type(base).__module__}.{type(base).__name__} ({found}), but only an nn.Linear or nn.Embedding with a "
             "floating-point weight (V, D) can be scored in hidden space."

@@ -165,7 +165,7 @@ def factor_head(head: LMHead, projection: BilinearProjection) -> HeadFactors:
 
 
 def _sampled_rows(head: LMHead) -> Tensor:
-    return head.weight.detach()[:: -(-head.vocab_size // 64)]
+    return head.weight[:: -(-head.vocab_size // 64)]
 
 
 def _root_blocks(gram: Tensor, edges: list[tuple[int, int]]) -> tuple[tuple[int, Tensor], ...]:
