@@ -423,3 +423,12 @@ def test_text_of_others():
         2,
     )
     assert shorten("a\nb", characters=9, lines=2).left_out == 0
+
+
+def test_the_commands_in_the_documentation_are_understood():
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    lines = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("udsstream report ")]
+    assert len(lines) == 4
+    shown = CliRunner().invoke(cli.app, ["report", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    options = {word for line in lines for word in line if word.startswith("--")}
+    assert options == set(re.findall(r"--(?:out|no-text|samples|checkpoint|stream)\b", shown))

@@ -218,7 +218,7 @@ def token_plot(figures: Figures) -> Plot:
         axes.plot(x, trained, color=_KEPT, linestyle=(0, (3, 1.5)))
         axes.set_ylabel("tokens so far")
         axes.set_ylim(bottom=0)
-        _step_axis(axes, figures)
+        _step_axis(axes, figures, after=1)
 
     says = f"Tokens over the steps: {figures.candidate_tokens:,} offered and {figures.kept_tokens:,} trained on by the end."
     return Plot(svg=_drawn("tokens", says, draw), says=says)
@@ -251,11 +251,12 @@ def _marks(x: np.ndarray) -> dict[str, Any]:
     return {"marker": "o", "markersize": 2.5} if len(x) <= 30 else {}
 
 
-def _step_axis(axes: Axes, figures: Figures) -> None:
+def _step_axis(axes: Axes, figures: Figures, *, after: int = 0) -> None:
+    """`after`: steps behind the last one that are drawn too."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
-    first, last = float(figures.bins.first[0]), float(figures.bins.last[-1])
+    first, last = float(figures.bins.first[0]), float(figures.bins.last[-1]) + after
     margin = max(0.5, 0.02 * (last - first))
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
