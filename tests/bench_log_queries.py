@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from udsstream import log_queries
+from udsstream.near_duplicates import near_duplicates
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
 SAMPLES, STREAMS, ALPHA = 2_000_000, 4, 1.5e-3
+PUSHES, DIM, MEMORY = 20_000, 1024, 1024
 RUN = {
     "run_id": "bench",
     "selection": {"method": "uds"},
@@ -69,6 +71,19 @@ def make(root: Path, rows: int, per_step: int) -> None:
             )
 
 
+def push(root: Path) -> None:
+    rng = np.random.default_rng(3)
+    with SelectionLogWriter.create(
+        root, run=RUN, embeddings="full", embedding_dim=DIM, buffer_capacity=MEMORY
+    ) as writer:
+        for step in range(PUSHES // 16):
+            ids = np.arange(16 * step, 16 * step + 16)
+            rows = (3 + rng.standard_normal((16, DIM))).astype(np.float32)
+            writer.push(
+                step, positions=ids % 16, sample_ids=ids, push_index=16 * step, embeddings=rows, digest=bytes(32)
+            )
+
+
 def timed(what: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     what()
@@ -103,6 +118,12 @@ def main() -> None:
         ):
             seconds = min(timed(ask) for _ in range(2))
             print(f"  {name:26s} {seconds:6.2f} s  {seconds / base:5.1f} ×")
+        near = Path(temporary) / "near"
+        push(near)
+        seconds = timed(lambda: near_duplicates(SelectionLog.open(near)))
+        print(
+            f"  near-duplicates among {PUSHES:,} embeddings of {DIM}, each against the {MEMORY:,} before it: {seconds:.1f} s"
+        )
         print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 
 

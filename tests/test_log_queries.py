@@ -7,6 +7,8 @@ import json
 import math
 import re
 import statistics
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from udsstream.run_summary import summarize
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
+GOLDEN = Path(__file__).parent / "selection_log" / "golden_v1"
 LOGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "resumed": {"resume_at": 5},
@@ -340,7 +343,7 @@ def test_near_duplicates_are_all_close_pairs_within_the_window(
     for at, later in enumerate(pushes):
         for earlier in pushes[max(0, at - uds_log.CAPACITY) : at]:
             distance = math.dist(later["embedding"], earlier["embedding"])
-            if distance >= 0.1 * found.typical_distance:
+            if distance > 0.1 * found.typical_distance:
                 continue
             if later["sample_id"] == earlier["sample_id"]:
                 same += 1
@@ -371,6 +374,18 @@ def test_near_duplicates_leave_out_what_was_taken_over(tmp_path: Path) -> None:
     found = near_duplicates(SelectionLog.open(tmp_path / "a"))
     assert found.pushes == 12
     assert all(pair.earlier_sample_id >= 0 for pair in found.pairs)
+
+
+def test_copies_are_near_even_where_everything_is_a_copy(tmp_path: Path) -> None:
+    with SelectionLogWriter.create(
+        tmp_path / "a", run=uds_log.run(), embeddings="full", embedding_dim=3, buffer_capacity=4
+    ) as writer:
+        rows = np.full((6, 3), 2.5, np.float32)
+        rows[5] = np.nan
+        writer.push(0, positions=np.arange(6), sample_ids=np.arange(6), push_index=0, embeddings=rows, digest=bytes(32))
+    found = near_duplicates(SelectionLog.open(tmp_path / "a"))
+    assert (found.typical_distance, found.found) == (0, 10)
+    assert json.dumps(found.as_dict(), allow_nan=False)
 
 
 def test_near_duplicates_need_every_embedding(plain: SelectionLog, tmp_path: Path) -> None:
@@ -513,6 +528,17 @@ def test_the_fast_order_is_lexsort(seed: int) -> None:
     assert np.array_equal(steps.order(values), np.lexsort((values, of_row)))
     filled = np.nan_to_num(values)
     assert np.array_equal(steps.median(filled), [np.median(filled[of_row == step]) for step in range(40)])
+
+
+def test_no_question_loads_torch() -> None:
+    code = "import sys, udsstream.log_tables, udsstream.run_summary; print(sorted({'torch', 'composer', 'streaming'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("root", sorted(GOLDEN.glob("*/run.json")), ids=lambda path: path.parent.name)
+def test_logs_of_version_1_answer(root: Path) -> None:
+    for question in ("--sample=5", "--streams", "--most=3", "--least=3", "--suppressed", "--length", "--until=ba2"):
+        assert udsstream(str(root.parent), question)
 
 
 # -- the command -------------------------------------------------------------------------------------------------

@@ -209,11 +209,11 @@ def print_near_duplicates(found: NearDuplicates, *, console: Console | None = No
     """The pairs of embeddings that lie close to each other, nearest first."""
     console = console or Console()
     if found.typical_distance is None:
-        _say(console, "Near-duplicates that were trained on: fewer than two embeddings to compare.")
+        _say(console, "Near-duplicates that were trained on: there are no two embeddings to compare.")
         return
     _say(
         console,
-        f"Near-duplicates that were trained on all the same: {found.found:,} pairs nearer than {found.fraction:g} of the typical "
+        f"Near-duplicates that were trained on all the same: {found.found:,} pairs within {found.fraction:g} of the typical "
         f"distance, {number(found.typical_distance)} ({found.pushes:,} embeddings, each against the {found.window:,} before it).",
     )
     if found.same_sample:

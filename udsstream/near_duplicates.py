@@ -23,7 +23,7 @@ from udsstream.selection_log.reader import SelectionLog
 __all__ = ["FRACTION", "NearDuplicates", "Pair", "near_duplicates"]
 
 FRACTION = 0.1
-"""Two embeddings are called near when they are closer than this part of the typical distance."""
+"""Two embeddings are called near when their distance is at most this part of the typical one."""
 
 _READ_BYTES = 256 << 20
 """Of vectors held at a time; each further portion is another pass over the log's files."""
@@ -55,7 +55,7 @@ class NearDuplicates:
     typical_distance: float | None
     """Median distance of pairs drawn evenly over the run and the window; None when there are none."""
     fraction: float
-    """Pairs nearer than this part of the typical distance were looked for."""
+    """Pairs at most this part of the typical distance apart were looked for."""
     found: int
     """Such pairs of different samples."""
     same_sample: int
@@ -94,7 +94,7 @@ def near_duplicates(
     nothing = NearDuplicates(
         pushes=pushes, window=window, typical_distance=typical, fraction=fraction, found=0, same_sample=0, pairs=()
     )
-    if typical is None or (typical == 0 and fraction == 0):
+    if typical is None:
         return nothing
     places = index["push_index"].to_numpy()
     ids, steps = index["sample_id"].to_numpy(), index["step"].to_numpy()
@@ -146,8 +146,12 @@ def _typical(log: SelectionLog, places: np.ndarray, window: int, dim: int) -> tu
     rows = log.pushes(columns=["push_index", "embedding"], filter=pc.field("push_index").isin(pa.array(wanted)))
     vectors = _matrix(rows["embedding"], dim).astype(np.float64)
     at = {name: np.searchsorted(wanted, places[which]) for name, which in (("later", later), ("earlier", earlier))}
-    distances = np.linalg.norm(vectors[at["later"]] - vectors[at["earlier"]], axis=1)
-    return float(np.median(distances)), vectors.mean(axis=0).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        distances = np.linalg.norm(vectors[at["later"]] - vectors[at["earlier"]], axis=1)
+    distances = distances[np.isfinite(distances)]  # a log may hold NaN; it is near to nothing
+    if not len(distances):
+        return None, np.zeros(dim, np.float32)
+    return float(np.median(distances)), vectors[np.isfinite(vectors).all(axis=1)].mean(axis=0).astype(np.float32)
 
 
 def _vectors(log: SelectionLog, first: int, last: int, dim: int) -> np.ndarray:
@@ -166,7 +170,7 @@ def _matrix(column: pa.ChunkedArray, dim: int) -> np.ndarray:
 def _close_pairs(
     vectors: np.ndarray, centre: np.ndarray, places: np.ndarray, begin: int, window: int, threshold: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(n, d) vectors, the push index (n,) of each → later rows, earlier rows and distances of the pairs nearer than `threshold`.
+    """(n, d) vectors, the push index (n,) of each → later rows, earlier rows and distances of the pairs at most `threshold` apart.
 
     Later rows are those from `begin` on; an earlier one is up to `window` pushes before. A matrix product finds the candidates, and each
     is measured again by differences: `‖a‖² + ‖b‖² − 2⟨a,b⟩` in float32 cannot tell near from equal. Taking off a common `centre` (d,)
@@ -177,7 +181,8 @@ def _close_pairs(
         low = int(np.searchsorted(places, places[start] - window))
         block = vectors[low:stop] - centre
         squares = np.einsum("nd,nd->n", block, block)
-        product = block[start - low :] @ block.T
+        with np.errstate(invalid="ignore"):
+            product = block[start - low :] @ block.T
         both = squares[start - low :, None] + squares[None, :]
         near = both - 2 * product <= threshold**2 + 1e-5 * both
         lag = places[start:stop, None] - places[None, low:stop]
@@ -188,7 +193,7 @@ def _close_pairs(
             part = slice(at, at + _BLOCK)
             difference = vectors[later[part]].astype(np.float64) - vectors[earlier[part]]
             distance[part] = np.linalg.norm(difference, axis=1)
-        close = distance < threshold
+        close = distance <= threshold
         yield later[close], earlier[close], distance[close]
 
 
