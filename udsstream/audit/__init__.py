@@ -10,6 +10,8 @@
     coverage      epochs and places of samples
     data          the streams' indexes and shards (`--data`)
     checkpoint    a Composer checkpoint's word on the log (`--checkpoint`)
+    attestation   the result as an in-toto Statement, and one held against the log later (`--attest`, `--verify-attestation`)
+    dsse          signed envelopes
 
 Nothing here imports `udsstream.scoring`: every rule is written a second time, from the method's description, so that a fault in the
 one is not repeated by the other. docs/auditing.md says what each check proves and what none can.
