@@ -263,6 +263,9 @@ def test_the_last_batch_may_be_missing_and_padding_repeat_samples(tmp_path: Path
     found = offering(tmp_path / "d", lambda e: shuffled(e, ALL, more), (50, 33), 12).findings
     assert [(finding.check, finding.step) for finding in found] == [("coverage", 0), ("coverage", 12)]
     assert "12 of 50 samples were offered too often (0, 1, 2, 3, …)" in found[0].message
+    report = offering(tmp_path / "e", lambda e: shuffled(e, ALL, more), (50, 33), 12, canonical_nodes=None)
+    assert report.findings == ()
+    assert any("whether epoch 0 repeated 12 samples by intent" in note for note in report.unchecked)
 
 
 def test_a_sample_in_the_place_of_others_is_found(tmp_path: Path) -> None:

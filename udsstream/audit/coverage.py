@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from udsstream.audit.report import Finding, Ledger
 from udsstream.audit.rows import Decisions, View
-from udsstream.audit.settings import RunFacts
+from udsstream.audit.settings import RunFacts, StreamFacts
 
 __all__ = ["check_coverage", "check_places"]
 
 _LISTED = 4
+_PADDING = 1024
+"""Fewer repeats than this may be padding where run.json does not say how many canonical nodes the data set had."""
 _COUNTED = 1 << 28
 """Streams of more samples than this are not counted one by one (a bomb of a run.json would claim 2⁶²)."""
 
@@ -99,7 +103,8 @@ def check_coverage(rows: Decisions, view: View, facts: RunFacts, world_size: int
     """In every epoch that was finished, each stream's samples were offered as often as run.json declares.
 
     An epoch's last, incomplete batch may have been left out, and the data set may repeat samples to divide an epoch evenly: less than
-    one batch of a stream's samples may be missing or repeated, or as many as the data set's canonical nodes explain.
+    one batch of a stream's samples may be missing or repeated, or as many as the data set's canonical nodes explain. A data set of C
+    canonical nodes repeats up to C − 1 samples, and as many others then miss the epoch's end.
     """
     streams = facts.streams
     if streams is None:
@@ -153,32 +158,74 @@ def _check_epoch(
     # A run may have been told to end its epochs early; then the rest is missing by intent.
     planned = facts.batches_per_epoch * batch if facts.batches_per_epoch is not None else drawn
     left_out = max(0, drawn - planned) + batch - 1
-    repeated = max(batch, facts.canonical_nodes or 0) - 1
+    tallies: list[_Tally] = []
     first = 0
     for stream in streams:
-        mine = offered[first : first + stream.samples]
-        assert stream.per_epoch is not None
-        least, rest = divmod(stream.per_epoch, stream.samples)
-        most = least + (rest > 0)
-        short = int(np.maximum(least - mine, 0).sum())
-        if rest:  # which of the samples are drawn once more is the data set's choice
-            short = max(short, stream.per_epoch - int(mine.sum()))
-        over = np.maximum(mine - most, 0)
-        if rest:
-            over_total = max(int(over.sum()), int(mine.sum()) - stream.per_epoch)
-        else:
-            over_total = int(over.sum())
+        tallies.append(_tally(stream, offered[first : first + stream.samples], first))
+        first += stream.samples
+    surplus = sum(tally.over for tally in tallies)
+    # Samples that are repeated to divide an epoch evenly push as many others out of its last batches.
+    nodes = facts.canonical_nodes or 1
+    short_allowed = left_out + min(surplus, nodes - 1)
+    over_allowed = max(batch, nodes) - 1
+    strange = [tally for tally in tallies if tally.short > short_allowed or tally.over > over_allowed]
+    padding = surplus < _PADDING and all(
+        tally.most_over <= 1 and tally.short <= left_out + surplus for tally in tallies
+    )
+    if strange and facts.canonical_nodes is None and padding:
+        ledger.skip(
+            f"whether epoch {epoch} repeated {surplus} samples by intent: a data set of many canonical nodes does so to divide an epoch "
+            "among them, and run.json does not say how many it had"
+        )
+        return
+    for tally in strange:
         for what, number, allowed, which in (
-            ("offered too seldom", short, left_out, mine < least),
-            ("offered too often", over_total, repeated, mine > most),
+            ("offered too seldom", tally.short, short_allowed, tally.seldom),
+            ("offered too often", tally.over, over_allowed, tally.often),
         ):
             if number > allowed:
-                at = np.flatnonzero(which)
-                named = ", ".join(str(first + i) for i in at[:_LISTED].tolist()) + (", …" if len(at) > _LISTED else "")
+                named = ", ".join(map(str, which[:_LISTED].tolist())) + (", …" if len(which) > _LISTED else "")
                 message = (
-                    f"epoch {epoch} (from step {step}, {batches} steps), stream {stream.name}: {number} of {stream.per_epoch} samples were "
-                    f"{what} ({named or 'no sample stands out'}); up to {allowed} can be explained by the last batch and by padding"
+                    f"epoch {epoch} (from step {step}, {batches} steps), stream {tally.stream.name}: {number} of {tally.stream.per_epoch} "
+                    f"samples were {what} ({named or 'no sample stands out'}); up to {allowed} can be explained by the last batch and by "
+                    "padding"
                 )
-                sample = first + int(at[0]) if len(at) else None
+                sample = int(which[0]) if len(which) else None
                 ledger.find(Finding(check="coverage", step=step, sample_id=sample, message=message))
-        first += stream.samples
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tally:
+    """How often an epoch offered the samples of a stream, against what is declared."""
+
+    stream: StreamFacts
+    short: int
+    """Samples missing, each as often as it is."""
+    over: int
+    """Samples too many."""
+    most_over: int
+    """How often the most repeated sample was offered too often."""
+    seldom: np.ndarray
+    """Ids of the samples that were offered less often than any should be."""
+    often: np.ndarray
+    """Ids of the samples that were offered more often than any should be."""
+
+
+def _tally(stream: StreamFacts, offered: np.ndarray, first: int) -> _Tally:
+    """offered (samples,): how often each was; first: the id of the stream's first sample."""
+    assert stream.per_epoch is not None
+    least, rest = divmod(stream.per_epoch, stream.samples)
+    most = least + (rest > 0)
+    over = np.maximum(offered - most, 0)
+    short, surplus = int(np.maximum(least - offered, 0).sum()), int(over.sum())
+    if rest:  # which samples are drawn once more is the data set's choice, how many is not
+        short = max(short, stream.per_epoch - int(offered.sum()))
+        surplus = max(surplus, int(offered.sum()) - stream.per_epoch)
+    return _Tally(
+        stream=stream,
+        short=short,
+        over=surplus,
+        most_over=int(over.max(initial=0)),
+        seldom=first + np.flatnonzero(offered < least),
+        often=first + np.flatnonzero(offered > most),
+    )

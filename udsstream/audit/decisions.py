@@ -94,8 +94,8 @@ def _check_epochs(rows: Decisions, view: View, step: np.ndarray, before: np.ndar
     )
 
 
-def check_positions(rows: Decisions, ledger: Ledger) -> None:
-    """Within a step: positions 0 to B−1, one epoch, and an order of training over the kept in position order."""
+def check_positions(rows: Decisions, config: SelectionConfig, ledger: Ledger) -> None:
+    """Within a step: positions 0 to B−1, one epoch, lengths that can be scored, and an order of training over the kept by position."""
     group = rows.group_of
     start = rows.starts[group]
     step, position, rank = rows["step"], rows["position"], rows["rank"]
@@ -131,11 +131,14 @@ def check_positions(rows: Decisions, ledger: Ledger) -> None:
         "positions",
         first_of_each(offset != offset[start]),
         lambda i: found(
-            i, f"its place in the epoch is {rows['epoch_position'][i]}, expected {offset[start[i]] + position[i]}"
+            i,
+            f"its place in the epoch is {rows['epoch_position'][i]}, expected {int(offset[start[i]]) + int(position[i])}",
         ),
     )
     ledger.find_each(
-        "positions", first_of_each(rows["tokens"] <= 0), lambda i: found(i, f"it has {rows['tokens'][i]} tokens")
+        "positions",
+        first_of_each((rows["tokens"] <= 0) | (rows["tokens"] > config.max_seq_len)),
+        lambda i: found(i, f"it has {rows['tokens'][i]} tokens, expected 1 to {config.max_seq_len}"),
     )
     selected, ordered = rows["selected"], rows["has_train_order"]
     ledger.find_each(
@@ -155,7 +158,7 @@ def check_positions(rows: Decisions, ledger: Ledger) -> None:
     )
     # Sizes and ids that would overflow or index wrongly later are found by the checks above and by coverage.
     ledger.check(
-        f"positions: places, epochs and orders of training within {len(rows.starts):,} steps of all attempts ({len(rows):,} candidates)"
+        f"positions: places, epochs, lengths and orders of training of {len(rows):,} candidates in {len(rows.starts):,} steps of all attempts"
     )
 
 

@@ -62,7 +62,7 @@ def audit(
         ledger.check(
             f"steps, epochs: whether {len(rows.starts):,} steps and their candidates follow each other without gap or overlap"
         )
-        check_positions(rows, ledger)
+        check_positions(rows, facts.config, ledger)
         check_scores(rows, facts, ledger)
         check_choices(rows, facts.config, ledger)
         resumed = len(record.lineages) > 1

@@ -110,22 +110,24 @@ def _config(content: Mapping[str, Any], ledger: Ledger) -> SelectionConfig | Non
 
 def _alpha(content: Mapping[str, Any], config: SelectionConfig | None, ledger: Ledger) -> float | None:
     value = content.get("resolved_alpha")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = float(value) if isinstance(value, float) else _whole(value)
+    if number is None or not math.isfinite(number):
         if config is not None and config.method == "uds":
-            _wrong(ledger, f"resolved_alpha is {value!r}, expected a finite number")
+            _wrong(ledger, f"resolved_alpha is {str(value)[:40]}, expected a finite number of at least 0")
         return None
+    number = float(number)
     if config is None:
-        return float(value)
+        return number
     vocab_size = _whole(content.get("vocab_size"), least=1)
     if vocab_size is None:
         if config.alpha is None and config.projection_scale != "reference":
             ledger.skip("whether α follows from the settings: run.json does not say the size of the vocabulary")
-            return float(value)
+            return number
         vocab_size = 1
     expected = config.resolved_alpha(vocab_size)
-    if float(value) != expected:
-        _wrong(ledger, f"resolved_alpha is {value!r}, but the settings give {expected!r}")
-    return float(value)
+    if number != expected:
+        _wrong(ledger, f"resolved_alpha is {number!r}, but the settings give {expected!r}")
+    return number
 
 
 def _agree(run: RunFile, config: SelectionConfig, ledger: Ledger) -> None:
