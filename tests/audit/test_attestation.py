@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +438,7 @@ def _set(path: str, value: Any) -> Any:
         (lambda statement: statement["predicate"]["end"].append(statement["predicate"]["end"][0]), "has a rank twice"),
         (_set("predicate.end.0.rank", -1), "'rank' is -1, expected a count"),
         (_set("predicate.end.0.selection", None), "'selection' is None, expected dict"),
+        (_set("predicate.madeAt", "yesterday"), "'madeAt' is 'yesterday', expected a time"),
         (_set("predicate.audit.verdict", "fine\x1b[2J"), "'verdict' is"),
         (_set("predicate.run", KeyError), "'run' is None, expected dict"),
         (_set("predicate", []), r"'predicate' is \[\], expected dict"),
@@ -466,6 +469,29 @@ def test_a_statement_that_contradicts_itself_is_refused(plain: Path, spoil: Any,
 def test_bytes_that_are_no_attestation_are_refused(plain: Path, data: bytes, message: str) -> None:
     with pytest.raises(AttestationError, match=message):
         verify_attestation(data, plain)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*at, key))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_nothing_in_an_attestation_crashes_the_reader(tmp_path: Path, signed: bool) -> None:
+    root = uds_log.write(tmp_path / "a", steps=5, checkpoints=(4,))
+    honest = sign(attest(root), PRIVATE) if signed else attest(root)
+    for place in places(honest):
+        for junk in (None, True, -1, 1 << 70, 1.5, "\x1b[2J", [], {}, [[]]):
+            changed = {"": copy.deepcopy(honest)}
+            at: Any = changed
+            *parents, last = ("", *place)
+            for part in parents:
+                at = at[part]
+            at[last] = junk
+            for key in (None, PUBLIC) if signed else (None,):
+                with contextlib.suppress(AttestationError):
+                    verify_attestation(changed[""], root, key)
 
 
 def test_a_file_that_is_none_or_huge_is_refused(tmp_path: Path) -> None:

@@ -538,7 +538,7 @@ class _Claims:
             raise AttestationError(f"the subject {run_id}/{more[0]} is not spoken of in the predicate")
         return cls(
             run_id=run_id,
-            made_at=_get(predicate, "madeAt", str),
+            made_at=_time(predicate, "madeAt"),
             audit_verdict=_get(audit, "verdict", str),
             audit_exit_code=_count(audit, "exitCode"),
             rows=_count(covered, "rows"),
@@ -621,6 +621,15 @@ def _count(container: Any, name: str) -> int:
     value = _get(container, name, int)
     if not 0 <= value < 1 << 62:
         raise AttestationError(f"the Statement's field {name!r} is {value}, expected a count")
+    return value
+
+
+def _time(container: Any, name: str) -> str:
+    value = _get(container, name, str)
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", value):
+        raise AttestationError(
+            f"the Statement's field {name!r} is {value!r:.80}, expected a time such as 2026-11-24T04:00:00Z"
+        )
     return value
 
 
