@@ -110,7 +110,7 @@ def test_a_report_has_everything_and_its_numbers_are_the_logs(run):
     assert f"trained on {trained:,} of {offered:,}" in page.text
     assert "in 2 epochs" in page.text
     assert "written 4.0 times over (24 embeddings)" in page.text
-    assert "1 steps have no times" in page.text
+    assert "1 step has no times" in page.text
     for number, name in enumerate(("cats", "dogs")):
         own = [row for row in rows if row["stream"] == number]
         chosen = sum(row["selected"] for row in own)
@@ -261,7 +261,7 @@ def test_the_verdict_is_shown(tmp_path):
     html = render(Content(run=run, audit=bad, figures="x"))
     page = checked(html)
     assert "Audit: 9,001 findings" in page.text
-    assert "top-k <b>3</b> is wrong. (step 3, rank 0)" in page.text
+    assert "top-k <b>3</b> is wrong." in page.text
     assert "<b>4</b> is wrong" not in page.text
     assert "… and 8,996 more of top-k" in page.text
     assert "chain Broken." in page.text

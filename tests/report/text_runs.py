@@ -14,8 +14,8 @@ from streaming import MDSWriter
 from udsstream.selection_log.writer import SelectionLogWriter
 
 ALPHA = 0.5
-INLINE = {"a", "b", "bdi", "code", "i", "span", "strong"}
-VOID = {"meta", "br", "img", "link", "hr", "input"}
+INLINE = {"a", "b", "bdi", "code", "i", "span", "strong", "wbr"}
+VOID = {"meta", "br", "img", "link", "hr", "input", "wbr"}
 
 
 def write_stream(folder: Path, rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> Path:

@@ -114,7 +114,9 @@ def _facts(run: Mapping[str, Any]) -> str:
         ("Streams", f"{len(streams):,}" if isinstance(streams, list) else None),
         ("Ranks", run.get("world_size") or _at(run, "log", "world_size")),
     ]
-    shown = "".join(f"<li>{label} <b>{escape(_brief(value))}</b></li>" for label, value in facts if value is not None)
+    shown = "".join(
+        f"<li>{label} <b>{escape(_brief(value, 100))}</b></li>" for label, value in facts if value is not None
+    )
     return f'<ul class="facts">{shown}</ul>'
 
 
@@ -147,22 +149,13 @@ def _findings(audit: AuditReport) -> str:
     for check in dict.fromkeys(finding.check for finding in audit.findings):
         found = [finding for finding in audit.findings if finding.check == check]
         items += [
-            f"<li><code>{escape(check)}</code> {_prose(_brief(finding.message, 2 * _VALUE_CHARACTERS))}{_place(finding)}</li>"
+            f"<li><code>{escape(check)}</code> {_prose(_brief(finding.message, 2 * _VALUE_CHARACTERS))}</li>"
             for finding in found[:_FINDINGS]
         ]
         more = audit.found.get(check, len(found)) - min(len(found), _FINDINGS)
         if more > 0:
             items.append(f'<li class="muted">… and {more:,} more of <code>{escape(check)}</code></li>')
     return f"<ul>{''.join(items)}</ul>" if items else ""
-
-
-def _place(finding: Any) -> str:
-    known = [
-        f"{label} {escape(value)}"
-        for label, value in (("step", finding.step), ("rank", finding.rank), ("sample", finding.sample_id))
-        if value is not None
-    ]
-    return f' <span class="muted">({", ".join(known)})</span>' if known else ""
 
 
 def _sentences(title: str, sentences: Sequence[str], *, open_: bool) -> str:
@@ -315,7 +308,8 @@ def _over_the_run(figures: Figures, method: Any) -> str:
     )
     times = figures.times
     if times is not None:
-        missing = f" {figures.steps - times.steps:,} steps have no times." if times.steps < figures.steps else ""
+        without = figures.steps - times.steps
+        missing = f" {without:,} step{'s have' if without > 1 else ' has'} no times." if without else ""
         cards.append(
             _card(
                 "Time of a step",
@@ -579,14 +573,18 @@ def _settings(run: Mapping[str, Any]) -> str:
         if not rows:
             continue
         body = "".join(
-            f'<tr><th scope="row">{escape(_brief(name, 80))}</th><td>{escape(value)}</td></tr>'
-            for name, value in rows[:_SETTINGS]
+            f'<tr><th scope="row">{_path(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows[:_SETTINGS]
         )
         more = f'<p class="muted">… and {len(rows) - _SETTINGS:,} more</p>' if len(rows) > _SETTINGS else ""
         tables.append(
             f'<div class="card"><h3>{title}</h3><table class="small"><tbody>{body}</tbody></table>{more}</div>'
         )
     return f'<section><h2>Settings</h2><div class="columns">{"".join(tables)}</div>{_recorded_streams(run)}</section>'
+
+
+def _path(name: str) -> str:
+    """A dotted path that is broken behind its dots and underscores rather than within a word."""
+    return re.sub(r"(?<=[._])(?=\w)", "<wbr>", escape(_brief(name, 80)))
 
 
 def _recorded_streams(run: Mapping[str, Any]) -> str:
@@ -658,7 +656,10 @@ def _brief(value: Any, characters: int = _VALUE_CHARACTERS) -> str:
 
 def _prose(text: str) -> str:
     """A sentence as HTML: with a capital letter and a full stop as far as they fit, `commands` set as such."""
-    ended = text if not text else text[0].upper() + text[1:] + ("" if text[-1] in ".!?…" else ".")
+    first = text.partition(" ")[0]
+    # "run.json" and "embedding_dim" begin with a small letter wherever they stand.
+    begun = text[0].upper() + text[1:] if first.isalpha() else text
+    ended = begun if begun[-1:] in (".", "!", "?", "…") else f"{begun}."
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(ended))
 
 

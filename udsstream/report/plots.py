@@ -129,6 +129,8 @@ def band_plot(figures: Figures, column: str, says: str) -> Plot | None:
 
 def score_plot(found: Histogram) -> Plot:
     """The distribution of scores, the kept against the rejected."""
+    from matplotlib.ticker import MaxNLocator
+
     kept, rejected = int(found.kept.sum()), int(found.rejected.sum())
 
     def draw(axes: Axes) -> None:
@@ -137,6 +139,7 @@ def score_plot(found: Histogram) -> Plot:
             axes.stairs(counts, found.edges, color=colour, linewidth=1.3)
         axes.set_xlabel("score")
         axes.set_ylabel("candidates")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
         _short_axis(axes, "x")
 
     middle = (found.edges[:-1] + found.edges[1:]) / 2
@@ -165,8 +168,9 @@ def length_plot(figures: Figures) -> Plot | None:
         if logarithmic:
             axes.set_xscale("log")
         if len(tokens) <= POINTS:
+            size = 4 if len(tokens) <= 100 else 2.8
             for of, colour, marker in ((~selected, _REJECTED, "o"), (selected, _KEPT, "D")):
-                axes.plot(tokens[of], score[of], marker, color=colour, alpha=0.75, markersize=2.8, markeredgewidth=0)
+                axes.plot(tokens[of], score[of], marker, color=colour, alpha=0.75, markersize=size, markeredgewidth=0)
         else:
             _draw_density(axes, tokens, score, selected, logarithmic)
         axes.set_xlabel("tokens")
@@ -259,7 +263,7 @@ def _step_axis(axes: Axes, figures: Figures, *, after: int = 0) -> None:
     first, last = float(figures.bins.first[0]), float(figures.bins.last[-1]) + after
     margin = max(0.5, 0.02 * (last - first))
     axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     _short_axis(axes, "x")
 
 
