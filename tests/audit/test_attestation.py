@@ -269,7 +269,7 @@ def test_a_log_that_was_changed_afterwards_is_found(plain: Path, tamper: Any, fo
     check = verify_attestation(envelope, plain, PUBLIC)
     assert check.exit_code == 1
     assert any(any(words in finding for words in found.split("|")) for finding in check.findings), check.findings
-    assert check.verdict.endswith("this log is not what was attested")
+    assert check.verdict.endswith("this is not a log that was attested as intact")
     assert "Found" in render(check, "a.json")
 
 
@@ -562,7 +562,7 @@ def test_attest_and_verify_from_the_command_line(audited: Path, keys: Path) -> N
     flip_segment(audited)
     done = udsstream(audited, "--verify-attestation", out, "--public-key", keys / "pub.pem")
     assert done.exit_code == 1
-    assert "this log is not what was attested" in done.stdout
+    assert "this is not a log that was attested as intact" in done.stdout
 
 
 def test_an_encrypted_key_is_asked_for_before_the_audit(audited: Path, keys: Path) -> None:

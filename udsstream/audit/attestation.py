@@ -248,11 +248,11 @@ class AttestationCheck:
         """One sentence."""
         if self.findings:
             count = len(self.findings)
-            return f"{count:,} finding{'s' if count > 1 else ''}: this log is not what was attested"
+            return f"{count:,} finding{'s' if count > 1 else ''}: this is not a log that was attested as intact"
         who = {
             "verified": f"by the holder of key {', '.join(self.keyids)}",
             "not checked": "by whom was not checked, for no public key was given",
-            "none": "by nobody knows whom, for it is not signed",
+            "none": "by whom cannot be told, for it is not signed",
         }[self.signature]
         return f"the log holds unchanged what was attested on {self.made_at}, the steps below {self.until}, {who}"
 
@@ -323,54 +323,29 @@ def verify_attestation(
     file = read_run(root)
     checked = [f"the signature of key {keyids[0]}"] if signature == "verified" else []
     unchecked = {
-        "verified": [f"whose key {keyids[0]} is" if keyids else ""],
-        "not checked": [f"the signature, which names {', '.join(keyids) or 'no key'}: no public key was given"],
-        "none": ["who made the attestation: it is not signed, and whoever changed the log could have made it"],
-    }[signature]
+        "verified": f"whose key {', '.join(keyids)} is",
+        "not checked": f"the signature, which names {', '.join(keyids) or 'no key'}: no public key was given",
+        "none": "who made the attestation: it is not signed, and whoever changed the log could have made it",
+    }
+    notes = [unchecked[signature]]
     findings: list[str] = []
     if claims.audit_exit_code != 0:
         findings.append(f"the audit that was attested had findings itself: {claims.audit_verdict}")
-    if claims.run_id != _run_id(file):
-        findings.append(f"the attestation is of run {claims.run_id}, but {root} holds run {_run_id(file)}")
     subjects = [SubjectCheck(name=claims.name("run.json"), attested=claims.run_json, found=file.sha256.hex())]
     if not subjects[0].holds:
         findings.append(
             f"{layout.run_path(root)}: its SHA-256 is {file.sha256.hex()}, but {claims.run_json} was attested: it was changed, or it is "
             "another run's"
         )
-    if findings and claims.run_id != _run_id(file):
-        unchecked.append("the rows and heads: they are of another run")
-        seen = None
+    if claims.run_id != _run_id(file):
+        findings.append(f"the attestation is of run {claims.run_id}, but {root} holds run {_run_id(file)}")
+        notes.append("the rows and heads: they are of another run")
     else:
         if claims.stated != _stated(file):
             findings.append("what the attestation says of the run, its streams and settings is not what run.json says")
-        faults: list[Fault] = []
-        # The digest of run.json that was attested: if it was changed since, the rows are still checked against what it was.
-        seen = examine(
-            root,
-            file.settings,
-            bytes.fromhex(claims.run_json),
-            report=faults.append,
-            anchor=claims.anchor(),
-            points_at=sorted({place[table]["step"] for place in claims.end for table in TABLES}),
-        )
-        findings += [fault.message for fault in faults]
-        subjects += _check_heads(seen, claims, findings)
-        subjects.append(_check_end(seen, claims, file.settings.world_size, findings))
-        if seen.summary.rows < claims.rows:
-            findings.append(
-                f"{claims.rows:,} decisions were attested, but the log has {seen.summary.rows:,}: it was cut"
-            )
-        checked += [
-            "run.json against its digest, and what the attestation repeats of it",
-            f"the chains of all {seen.summary.rows:,} decisions, recomputed from the rows",
-            f"the Merkle roots of {len(claims.checkpoints):,} checkpoints, and of the log's end when it was attested",
-        ]
-        unchecked += [note for note in seen.summary.unchecked if not note.startswith("no head from outside")]
-        attempts = max((line.attempt for line in seen.attempts), default=0)
-        if seen.summary.rows > claims.rows or any(place[SELECTION]["attempt"] < attempts for place in claims.end):
-            unchecked.append("what was logged after the attestation was made")
-    unchecked.append(
+        checked.append("run.json against its digest, and what the attestation repeats of it")
+        subjects += _check_log(root, file, claims, findings, checked, notes)
+    notes.append(
         "whether what the log says is true: this compares digests; `udsstream audit` derives the decisions again"
     )
     return AttestationCheck(
@@ -383,8 +358,39 @@ def verify_attestation(
         subjects=tuple(subjects),
         findings=tuple(dict.fromkeys(findings)),
         checked=tuple(checked),
-        unchecked=tuple(note for note in unchecked if note),
+        unchecked=tuple(notes),
     )
+
+
+def _check_log(
+    root: Path, file: RunFile, claims: _Claims, findings: list[str], checked: list[str], unchecked: list[str]
+) -> list[SubjectCheck]:
+    """The chains, the checkpoints and the end; adds to the three lists."""
+    faults: list[Fault] = []
+    seen = examine(
+        root,
+        file.settings,
+        # As attested: if run.json was changed since, the rows are still checked against what it was.
+        bytes.fromhex(claims.run_json),
+        report=faults.append,
+        anchor=claims.anchor(),
+        points_at=sorted({place[table]["step"] for place in claims.end for table in TABLES}),
+    )
+    findings += [fault.message for fault in faults]
+    subjects = _check_heads(seen, claims, findings)
+    subjects.append(_check_end(seen, claims, file.settings.world_size, findings))
+    rows = seen.summary.rows
+    if rows < claims.rows:
+        findings.append(f"{claims.rows:,} decisions were attested, but the log has {rows:,}: it was cut")
+    checked += [
+        f"the chains of all {rows:,} decisions, recomputed from the rows",
+        f"the Merkle roots of {len(claims.checkpoints):,} checkpoints, and of the log's end when it was attested",
+    ]
+    unchecked += [note for note in seen.summary.unchecked if not note.startswith("no head from outside")]
+    newest = max((line.attempt for line in seen.attempts), default=0)
+    if rows > claims.rows or any(place[SELECTION]["attempt"] < newest for place in claims.end):
+        unchecked.append("what was logged after the attestation was made")
+    return subjects
 
 
 def render(check: AttestationCheck, title: str) -> str:

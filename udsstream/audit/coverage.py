@@ -135,7 +135,7 @@ def check_coverage(rows: Decisions, view: View, facts: RunFacts, world_size: int
         if last and (facts.batches_per_epoch is None or high - low < facts.batches_per_epoch):
             if high > low:
                 ledger.skip(
-                    f"whether epoch {epoch[low]} offered every sample: it was not finished ({high - low} steps)"
+                    f"whether epoch {epoch[low]} offered every sample: only {high - low} of its steps are there"
                 )
             continue
         member = rows.rows_in(groups[low:high])

@@ -158,7 +158,7 @@ def check_positions(rows: Decisions, config: SelectionConfig, ledger: Ledger) ->
     )
     # Sizes and ids that would overflow or index wrongly later are found by the checks above and by coverage.
     ledger.check(
-        f"positions: places, epochs, lengths and orders of training of {len(rows):,} candidates in {len(rows.starts):,} steps of all attempts"
+        f"positions: places, epochs, lengths and orders of training of {len(rows):,} candidates in {len(rows.starts):,} steps, all attempts"
     )
 
 

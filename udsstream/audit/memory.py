@@ -339,7 +339,8 @@ class MemoryCheck:
             )
         if measured < kept:
             self.ledger.skip(
-                f"inter of {kept - measured:,} kept candidates: the log no longer has all vectors of the memory they met"
+                f"inter of {kept - measured:,} kept candidates: not all vectors of the memory that they met are in the log, or it is in "
+                "doubt which push is theirs"
             )
         self.ledger.skip(
             "intra, and inter of candidates that were not kept: that needs the model (`udsstream replay RUN --verify`)"

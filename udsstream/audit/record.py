@@ -298,7 +298,7 @@ def check_anchor(record: Record, given: GivenAnchor, ledger: Ledger) -> Anchor:
     last = int(steps.max()) if len(steps) else -1
     rank = None
     if last + 1 < given.step:
-        what = f"the log ends after step {last}, but the anchor speaks of the steps up to {given.step - 1}: its end was cut off"
+        what = f"the log ends after step {last}: its end was cut off"
     else:
         found = {attempt: merkle_root(heads).hex()[:16] for attempt, heads in stood.items()}
         named = ", ".join(f"{root}… (attempt {attempt})" for attempt, root in sorted(found.items(), reverse=True)[:4])

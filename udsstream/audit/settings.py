@@ -70,7 +70,7 @@ def read_facts(run: RunFile, ledger: Ledger) -> RunFacts:
     if config is not None:
         _agree(run, config, ledger)
         ledger.check(
-            "settings: run.json's fingerprint, α and the log's own settings follow from its selection settings"
+            "settings: run.json's fingerprint, α, seed and the log's own settings against its selection settings"
         )
     return facts
 

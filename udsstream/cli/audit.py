@@ -127,7 +127,7 @@ def _stream(text: str) -> tuple[str, str]:
 
 
 def _anchor(text: str) -> tuple[int, bytes]:
-    match = re.fullmatch(r"(\d+):([0-9a-fA-F]{64})", text)
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9a-fA-F]{64})", text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not STEP:HEXROOT, such as 120:5fe1… (64 digits)", param_hint="--anchor")
     return int(match[1]), bytes.fromhex(match[2])
