@@ -125,7 +125,7 @@ def test_reasons_say_what_decided(tmp_path: Path) -> None:
     assert lifted
     assert put_back
     assert all("by intra alone it would not have been chosen" in offer.reason for offer in lifted)
-    assert all("too near to what the memory held" in offer.reason for offer in put_back)
+    assert all("others were further from what the memory held" in offer.reason for offer in put_back)
     for offer in put_back:
         assert offer.margin is not None
         assert offer.margin <= 0
@@ -169,7 +169,30 @@ def test_a_choice_against_the_scores_is_called_a_contradiction(tmp_path: Path) -
     offers = [offer for sample in range(31) for offer in queries.sample_history(log, sample).offers]
     assert len(offers) == 7
     assert sum("against its score" in offer.reason for offer in offers) >= 2
-    assert sum("no score that is a number" in offer.reason for offer in offers) == 1
+    assert sum("is no finite number" in offer.reason for offer in offers) == 1
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_scores_that_are_no_numbers_still_answer(tmp_path: Path, value: float) -> None:
+    with SelectionLogWriter.create(tmp_path / "a", run=uds_log.run(), embeddings="none") as writer:
+        for step, selected in ((0, True), (1, False)):
+            batch = uds_log.candidates(0, rows=7, method="uds", scored=True)
+            batch["score"][3] = batch["intra"][3] = batch["inter"][3] = value
+            batch["selected"] &= selected
+            batch["train_order"] = np.ma.masked_all(7, np.int32)
+            writer.append(step, batch)
+    log = SelectionLog.open(tmp_path / "a")
+    for sample in range(31):
+        for offer in queries.sample_history(log, sample).offers:
+            assert ("nothing was kept" in offer.reason) == (offer.step == 1)
+            assert json.dumps(offer.as_dict(), allow_nan=False)
+    for found in (
+        queries.length_effect(log),
+        queries.suppressed(log),
+        *queries.most_chosen(log, 99),
+        *queries.stream_shares(log),
+    ):
+        assert json.dumps(found.as_dict(), allow_nan=False)
 
 
 def test_an_unfinished_log_answers(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,7 @@ def sample_history(
     )
 
 
-def _offers(log: SelectionLog, table: pa.Table, sample_id: int, current: set[tuple[int, int]]):
+def _offers(log: SelectionLog, table: pa.Table, sample_id: int, current: set[tuple[int, int]]) -> Iterator[Offer]:
     table = table.sort_by([("step", "ascending"), ("attempt", "ascending"), ("position", "ascending")])
     steps = _Steps.of(table)
     score, intra = _floats(table, "score"), _floats(table, "intra")
@@ -216,10 +216,14 @@ def _reason(offer: Offer, *, scored: bool, method: str | None) -> str:
                 f"selection was off at this step: {k} of {offer.candidates} candidates were trained on without a score"
             )
         return "selection was off at this step, yet it was not trained on: the log contradicts itself (see `udsstream audit`)"
-    if offer.score is None or math.isnan(offer.score) or offer.rank is None or offer.margin is None:
-        return "it has no score that is a number at a step that was scored: the log contradicts itself (see `udsstream audit`)"
+    if k == 0:
+        return "nothing was kept at this step: the log contradicts itself (see `udsstream audit`)"
+    if offer.score is None or offer.rank is None or offer.kth_score is None or offer.margin is None:
+        return (
+            f"its score, or that of place {k}, is no finite number at a step that was scored: the log contradicts itself "
+            "(see `udsstream audit`)"
+        )
     place = f"rank {offer.rank} of {offer.candidates}, {k} were kept"
-    assert offer.kth_score is not None
     if offer.chosen != (offer.rank <= k):
         became = "chosen" if offer.chosen else "not chosen"
         return f"{became} against its score ({place}): the log contradicts itself (see `udsstream audit`)"
@@ -238,7 +242,7 @@ def _reason(offer: Offer, *, scored: bool, method: str | None) -> str:
     if offer.margin == 0:
         text = f"score {offer.score:.6g} is that of place {k} too, which went to the smaller position: {place}"
     if offer.chosen_by_intra:
-        return f"{text}; by intra alone it would have been chosen (rank {offer.intra_rank}): too near to what the memory held"
+        return f"{text}; by intra alone it would have been chosen (rank {offer.intra_rank}): others were further from what the memory held"
     if offer.chosen_by_intra is False:
         return f"{text}; nor would it have been by intra alone (rank {offer.intra_rank})"
     return text
@@ -579,6 +583,8 @@ def length_effect(log: SelectionLog, *, until: int | None = None) -> LengthEffec
     """Correlations of score and choice with the number of tokens."""
     columns = ["step", "tokens", "score", "selected"]
     table = log.table(columns=columns, filter=_and(pc.field("score").is_valid(), _below(until)))
+    if not (finite := np.isfinite(_floats(table, "score"))).all():
+        table = table.filter(pa.array(finite))
     steps = _Steps.of(table)
     tokens = table["tokens"].to_numpy().astype(np.float64)
     score = _floats(table, "score").astype(np.float64)
