@@ -98,6 +98,8 @@ class NumpyRun:
     """Embeddings that the memory begins with."""
     length: int = 25
     """Steps that the run is planned for, for start and end in `dur`."""
+    exchange_ranks: bool = False
+    """Candidates are written by the ranks in the opposite order."""
     forge: Callable[[int, dict[str, Any], np.ndarray], np.ndarray | None] | None = None
     """Changes a step's columns before they are written; may give other places to push."""
     forge_rows: Callable[[int, np.ndarray], np.ndarray] | None = None
@@ -195,6 +197,7 @@ class NumpyRun:
         count = len(columns["position"])
         self.samples += count
         owner = np.arange(count) * self.world_size // count
+        owner = self.world_size - 1 - owner if self.exchange_ranks else owner
         for rank, writer in enumerate(self.writers):
             if (owner == rank).any():
                 writer.append(step, {name: values[owner == rank] for name, values in columns.items()})
@@ -262,13 +265,15 @@ class NumpyRun:
         return self
 
 
-def finished(root: Path, *, steps: int = 25, **settings: Any) -> NumpyRun:
+def finished(root: Path, *, steps: int = 25, interrupted: bool = False, **settings: Any) -> NumpyRun:
     """A run of 25 steps (two epochs and a bit) in three segments, with checkpoints at 6, 12 and 20, closed in order."""
-    names = ("changes", "world_size", "warm", "forge", "forge_rows", "forge_push")
+    names = ("changes", "world_size", "warm", "exchange_ranks", "forge", "forge_rows", "forge_push")
     given = {name: settings.pop(name) for name in names if name in settings}
     run = NumpyRun(root=root, config=selection(**settings), **given).begin()
     run.steps(0, 6).checkpoint(6).seal()
     run.steps(6, 12).checkpoint(12).seal()
+    if interrupted:
+        run.steps(12, 15).resume(12)
     return run.steps(12, 20).checkpoint(20).steps(20, steps).close()
 
 

@@ -323,11 +323,6 @@ def lucky_draw(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
     return rechoose(columns, selection(method="random"))
 
 
-def uninterrupted(root: Path) -> None:
-    """The run was resumed once, and the log is rewritten as if it had never been."""
-    finished(root)
-
-
 SAMPLE = int(candidates(STEP)[2][0])
 
 TAMPERINGS = [
@@ -606,6 +601,13 @@ TAMPERINGS = [
         step=0,
         settings={"method": "random"},
     ),
+    Tampering(
+        name="the ranks that candidates came from",
+        make=lambda r: finished(r, world_size=2, exchange_ranks=True),
+        check=None,
+        settings={"world_size": 2},
+    ),
+    Tampering(name="an interruption hidden", make=finished, check=None, settings={"interrupted": True}),
     Tampering(name="a whole run with another seed", make=lambda r: finished(r, seed=18), check=None),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,54 @@ def test_a_kill_between_decision_and_pushes_is_no_fault(tmp_path: Path) -> None:
         assert any("the pushes of step 9" in note for note in report.unchecked)
         if attempts == 1:
             run.resume(6).steps(6, 25).close()
+
+
+@pytest.mark.parametrize("pushes_too", [False, True])
+def test_ranks_that_a_kill_stopped_at_different_steps_are_no_fault(pushes_too: bool, tmp_path: Path) -> None:
+    run = NumpyRun(root=tmp_path / "log", world_size=2).begin().steps(0, 6).checkpoint(6).steps(6, 9)
+    writers, run.writers = run.writers, run.writers[:1]
+    run.world_size = 2
+    if pushes_too:
+        run.step(9)
+    columns, _, _ = run.columns(10)
+    run.writers[0].append(10, {name: values[:2] for name, values in columns.items()})
+    run.writers = writers
+    for attempts in (1, 2):
+        report = audit(tmp_path / "log")
+        assert report.findings == ()
+        assert report.attempts == attempts
+        assert any("of attempt 0: it was not closed" in note for note in report.unchecked)
+        if attempts == 1:
+            run.resume(6).steps(6, 25).close()
+    assert report.steps == 25
+
+
+def test_an_audit_beside_a_live_writer_finds_nothing(tmp_path: Path) -> None:
+    """Whatever moment it looks at, segments being sealed and heads written included."""
+    run = NumpyRun(root=tmp_path / "log", config=selection(embeddings="tail")).begin()
+    stop = threading.Event()
+
+    def train() -> None:
+        step = 0
+        while not stop.is_set() and step < 5000:
+            run.step(step)
+            step += 1
+            if step % 7 == 0:
+                run.checkpoint(step)
+            if step % 50 == 0:
+                run.seal()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        reports = [audit(tmp_path / "log") for _ in range(12)]
+    finally:
+        stop.set()
+        thread.join()
+    run.close()
+    assert [report.findings for report in reports] == [()] * 12
+    assert reports[-1].steps > reports[0].steps
+    assert audit(tmp_path / "log").findings == ()
 
 
 def test_the_same_in_a_log_that_was_closed_is_one(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming import MDSWriter
-from tiny import TinyRun, write_stream
+from streaming import MDSWriter, Stream
+from tiny import TinyRun, collate, write_stream
+from torch.utils.data import DataLoader
 
+from udsstream import UDSStreamingDataset
 from udsstream.audit.report import AuditReport
 from udsstream.audit.run import audit
 from udsstream.errors import ConfigError, ResumeError
@@ -124,6 +126,32 @@ def test_a_resumed_run_and_one_that_takes_its_memory_over_are_intact(streams: tu
     assert report.findings == ()
     assert any("taken over" in note for note in report.unchecked)
     assert any("after 36 of 36 pushes" in sentence for sentence in report.checked), "13 of them taken over"
+
+
+@pytest.mark.parametrize(("workers", "drop_last"), [(0, False), (2, True)])
+def test_a_data_set_of_many_canonical_nodes_is_not_accused(workers: int, drop_last: bool, tmp_path: Path) -> None:
+    """It repeats samples to divide an epoch evenly, and as many others miss its end."""
+    stream = write_stream(tmp_path / "one", samples=300, longest=6)
+    run = TinyRun(streams=(str(stream),), folder=str(tmp_path), duration="2ep", selection={"method": "random"})
+    dataset = UDSStreamingDataset(
+        streams=[Stream(local=str(stream))], shuffle=True, batch_size=8, num_canonical_nodes=64
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=8,
+        collate_fn=collate,
+        num_workers=workers,
+        drop_last=drop_last,
+        timeout=60 if workers else 0,
+        multiprocessing_context="fork" if workers else None,
+    )
+    trainer = run.trainer(train_dataloader=loader)
+    trainer.fit()
+    trainer.close()
+    report = audit(log_of(run))
+    assert report.findings == ()
+    offered = SelectionLog.open(log_of(run)).table(columns=["epoch", "sample_id"]).to_pandas()
+    assert offered[offered.epoch == 0].sample_id.nunique() < 300 - 8
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------------

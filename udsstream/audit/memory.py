@@ -184,14 +184,15 @@ class MemoryCheck:
         fresh = fresh[np.lexsort((pushes["push_index"][fresh], pushes["step"][fresh]))]
         steps, at_kept, of_kept, at_push, of_push = _by_step(decisions["step"][kept], pushes["step"][fresh])
         different = np.flatnonzero(of_kept != of_push)
-        if len(view.groups) and not (view.attempt == max(record.lineages) and record.closed):
+        if not (view.attempt == max(record.lineages) and record.closed):
             # A kill, or this very moment, may lie between writing one table and the other.
-            last = int(decisions.group("step")[view.groups[-1]])
+            last = int(decisions.group("step")[view.groups[-1]]) if len(view.groups) else -1
             torn = ((steps == last) & (of_push == 0)) | ((steps > last) & (of_kept == 0))
-            for i in different[torn[different]].tolist():
+            unfinished = steps[different[torn[different]]]
+            if len(unfinished):
+                which = f"step {unfinished[0]}" + (f" to {unfinished[-1]}" if len(unfinished) > 1 else "")
                 self.ledger.skip(
-                    f"the pushes of step {steps[i]} (attempt {view.attempt}): the run ended, or goes on, between writing one "
-                    "table and the other"
+                    f"the pushes of {which} (attempt {view.attempt}): the run ended, or goes on, between writing one table and the other"
                 )
             different = different[~torn[different]]
         self.ledger.find_each(

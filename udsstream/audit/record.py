@@ -103,6 +103,9 @@ def read_record(root: Path, ledger: Ledger, *, anchor: GivenAnchor | None) -> Re
     decisions = collect.decisions(settings.codec(SELECTION))
     pushes = collect.pushes(settings.codec(PUSHES))
     from_steps, lineages = _lineages(lines, decisions, ledger)
+    if len(layout.ranks(root)) > 1:
+        closed = max(lineages) if seen.summary.closed else None
+        decisions, pushes = _without_unfinished(decisions, pushes, lineages, closed, ledger)
     _say_what_was_checked(seen, ledger)
     return Record(
         root=root,
@@ -266,6 +269,44 @@ def _lineages(
             ledger.find(Finding(check="attempts", message=str(error)))
             lineages[attempt] = [Lineage(attempt=attempt, first=None, stop=None)]
     return {attempt: line.from_step for attempt, line in known.items()}, lineages
+
+
+def _without_unfinished(
+    decisions: Decisions,
+    pushes: Pushes,
+    lineages: Mapping[int, Sequence[Lineage]],
+    closed: int | None,
+    ledger: Ledger,
+) -> tuple[Decisions, Pushes]:
+    """Leaves out the end of each attempt that was not closed, from the first step that a rank has not written both tables of.
+
+    A kill stops the ranks at different steps, and while a run goes on they are read one after the other. What another attempt continues
+    is complete: the ranks had agreed on it.
+    """
+    continued: dict[int, int] = {}
+    for parts in lineages.values():
+        for part in parts:
+            if part.stop is not None:
+                continued[part.attempt] = max(part.stop, continued.get(part.attempt, part.stop))
+    keep = np.ones(len(decisions), bool)
+    keep_pushes = np.ones(len(pushes), bool)
+    for attempt in lineages:
+        mine = decisions["attempt"] == attempt
+        if attempt == closed or not mine.any():
+            continue
+        ranks = np.unique(decisions["rank"][mine])
+        ends = [int(decisions["step"][mine & (decisions["rank"] == rank)].max()) for rank in ranks]
+        # The last step that all have is left out as well: its pushes may be there in part.
+        stop = max(min(ends), continued.get(attempt, 0))
+        later = mine & (decisions["step"] >= stop)
+        if later.any():
+            last = int(decisions["step"][mine].max())
+            ledger.skip(
+                f"the steps {stop} to {last} of attempt {attempt}: it was not closed, and not all ranks may have written them whole"
+            )
+        keep &= ~later
+        keep_pushes &= ~((pushes["attempt"] == attempt) & (pushes["step"] >= stop))
+    return decisions.kept(keep), pushes.kept(keep_pushes)
 
 
 def check_anchor(record: Record, given: GivenAnchor, ledger: Ledger) -> Anchor:

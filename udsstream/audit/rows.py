@@ -145,6 +145,11 @@ class Decisions:
         """(n,) the group of each row."""
         return np.repeat(np.arange(len(self.starts)), self.counts)
 
+    def kept(self, keep: np.ndarray) -> Decisions:
+        """Some of the rows."""
+        columns = {name: values[keep] for name, values in self.columns.items()}
+        return Decisions(columns=columns, starts=_starts(columns["attempt"], columns["step"]))
+
     def rows_in(self, groups: np.ndarray) -> np.ndarray:
         """The rows of some groups, one group after the other."""
         return ranges(self.starts[groups], self.counts[groups])
@@ -168,6 +173,10 @@ class Pushes:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
+
+    def kept(self, keep: np.ndarray) -> Pushes:
+        """Some of the rows."""
+        return Pushes(columns={name: values[keep] for name, values in self.columns.items()}, sources=self.sources)
 
     def __len__(self) -> int:
         return len(self.columns["step"])
