@@ -128,10 +128,14 @@ class NumpyRun:
                     buffer_capacity=self.config.buffer_size,
                 )
             )
+        self.take_over()
+        return self
+
+    def take_over(self) -> None:
+        """Fills the memory before the first step."""
         if self.warm is not None:
             nowhere = np.full(len(self.warm), -1)
             self._push(-1, self.warm, nowhere, nowhere, np.zeros(len(self.warm), np.int64))
-        return self
 
     def selects(self, step: int) -> bool:
         """The schedule; by batches, epochs, samples and shares of the run."""

@@ -321,21 +321,18 @@ def check_schedule(rows: Decisions, view: View, facts: RunFacts, ledger: Ledger,
         known[:] = True
     now = {"ba": step, "ep": epoch, "sp": np.cumsum(counts) - counts}
     begun = _reached(config.start, now, facts.max_duration, resumed=resumed)
-    ended = (
-        np.zeros(len(step), bool)
-        if config.end is None
-        else _reached(config.end, now, facts.max_duration, resumed=resumed)
-    )
+    ended = np.zeros(len(step), bool)
+    if config.end is not None:
+        ended = _reached(config.end, now, facts.max_duration, resumed=resumed)
     for name, text, decided in (("start", config.start, begun), ("end", config.end, ended)):
         if decided is None:
-            ledger.skip(
-                f'where {name}="{text}" falls: the log does not hold what Composer counted it by'
-                + (
-                    " (the run's length may have changed when it was resumed)"
-                    if str(text).endswith("dur") and resumed
-                    else ""
-                )
+            share = str(text).endswith("dur")
+            why = (
+                "the run's planned length is not known, or may have changed"
+                if share
+                else "the log does not count as Composer does"
             )
+            ledger.skip(f'where {name}="{text}" falls: {why}')
         elif str(text).endswith("sp"):
             known &= whole  # samples are counted from the run's beginning
     judged = known & view.fresh
@@ -348,13 +345,12 @@ def check_schedule(rows: Decisions, view: View, facts: RunFacts, ledger: Ledger,
         on = np.flatnonzero(known & ~off)
         turns = np.diff(scored[on].astype(np.int8))
         rises, falls = on[1:][turns > 0], on[1:][turns < 0]
-        late = (
-            falls
-            if ended is not None
-            else rises
-            if begun is not None
-            else rises[rises > falls[:1].min(initial=len(step))]
-        )
+        if ended is not None:
+            late = falls
+        elif begun is not None:
+            late = rises
+        else:
+            late = rises[rises > falls[:1].min(initial=len(step))]
         wrong[late[view.fresh[late]]] = True
 
     def describe(i: int) -> Finding:

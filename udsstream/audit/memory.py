@@ -85,14 +85,14 @@ class MemoryCheck:
     record: Record
     facts: RunFacts
     ledger: Ledger
-    inter: np.ndarray = field(init=False, repr=False)
+    _inter: np.ndarray = field(init=False, repr=False)
     """(pushes,) the logged `inter` of the candidate that was pushed; NaN where there is none."""
     _digested: np.ndarray = field(init=False, repr=False)
     _measured: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         count = len(self.record.pushes)
-        self.inter = np.full(count, np.nan)
+        self._inter = np.full(count, np.nan)
         self._digested = np.zeros(count, bool)
         self._measured = np.zeros(count, bool)
 
@@ -222,7 +222,7 @@ class MemoryCheck:
         equal = (pushes["position"][b] == decisions["position"][a]) & (
             pushes["sample_id"][b] == decisions["sample_id"][a]
         )
-        self.inter[b[equal]] = np.where(decisions["has_inter"][a[equal]], decisions["inter"][a[equal]], np.nan)
+        self._inter[b[equal]] = np.where(decisions["has_inter"][a[equal]], decisions["inter"][a[equal]], np.nan)
 
     def _check_empty(self, view: View, rows: np.ndarray) -> None:
         """`inter` is 0 as long as the memory is empty."""
@@ -434,7 +434,7 @@ class MemoryCheck:
         places = sequence.rows[low:high]
         # Candidates that met an empty memory have been judged with the decisions.
         self._measured[places[held == 0]] = True
-        ok = (held > 0) & (oldest >= base) & ~self._measured[places] & np.isfinite(self.inter[places])
+        ok = (held > 0) & (oldest >= base) & ~self._measured[places] & np.isfinite(self._inter[places])
         at = np.flatnonzero(ok)
         at = at[_unbroken(sequence.index, oldest[at], begin[at])]
         centre = vectors.mean(axis=0, dtype=np.float64)
@@ -444,7 +444,7 @@ class MemoryCheck:
             rows = sequence.rows[low + part]
             queries = vectors[low + part - base]
             spans = np.stack([oldest[part], begin[part]], axis=1) - base
-            logged = self.inter[rows]
+            logged = self._inter[rows]
             limit = distance_tolerance(vectors.shape[1], int(held[part].max()))
             with np.errstate(all="ignore"):
                 mean, scale = _mean_distances(queries, vectors, spans, centre)
