@@ -52,6 +52,7 @@ def test_the_docstring_names_the_builtin_families():
         "ModelError": ["ValueError"],
         "ScoreError": ["ArithmeticError"],
         "ResumeError": ["RuntimeError"],
+        "RankError": ["RuntimeError"],
         "ReplayError": ["RuntimeError"],
         "AttestationError": ["ValueError"],
     }

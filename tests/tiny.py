@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer import Trainer
-from composer.core import Algorithm
+from composer.core import Algorithm, DataSpec
 from composer.models import HuggingFaceModel
 from composer.utils import dist, reproducibility
 from peft import LoraConfig
@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from udsstream import OnlineBatchSelection, ReplaySelection, UDSStreamingDataset
+from udsstream.mosaicml.selector import unwrapped
+from udsstream.sft import num_tokens
 
 VOCABULARY = 97
 
@@ -87,21 +89,25 @@ class TinyRun:
     workers: int = 0
     dropout: float = 0.1
     batch_size: int = 8
+    """Candidates of a global batch."""
     lr: float = 1e-2
     selection: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     """Settings of OnlineBatchSelection over the tiny defaults; None: train without it."""
     log: bool = True
+    by_tokens: bool = False
+    """Weight microbatches by their tokens, so that the loss does not depend on how rows are put together."""
 
     def trainer(self, *, replay: ReplaySelection | None = None, **overrides: Any) -> Trainer:
         """Builds the Trainer; `overrides` go to it as they are. `replay`: reads what that algorithm's log names, instead of selecting."""
         torch.set_num_threads(1)  # matrices this small only wait for the second thread
         dist.initialize_dist("cpu")
+        per_rank = self.batch_size // dist.get_world_size()
         reproducibility.seed_all(5)
         model = llama(dropout=self.dropout, lora=self.lora, tie=self.tie)
         dataset = UDSStreamingDataset(
             streams=[Stream(local=stream) for stream in self.streams],
             shuffle=True,
-            batch_size=self.batch_size,
+            batch_size=per_rank,
             num_canonical_nodes=1,
         )
         workers = {
@@ -116,7 +122,7 @@ class TinyRun:
             loader = replay.dataloader(dataset, **workers)
             algorithms = [replay]
         else:
-            loader = DataLoader(dataset, batch_size=self.batch_size, **workers)
+            loader = DataLoader(dataset, batch_size=per_rank, **workers)
         if self.selection is not None and replay is None:
             settings = {"keep": 0.25, "max_seq_len": 32, "projection_dims": (16, 4), "buffer_size": 13} | self.selection
             log_dir = Path(self.folder) / "log" if self.log else None
@@ -132,7 +138,8 @@ class TinyRun:
             }
         settings = {
             "model": model,
-            "train_dataloader": loader,
+            "train_dataloader": DataSpec(loader, get_num_tokens_in_batch=num_tokens) if self.by_tokens else loader,
+            "accumulate_train_batch_on_tokens": self.by_tokens,
             "optimizers": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr),
             "max_duration": self.duration,
             "algorithms": algorithms,
@@ -153,11 +160,13 @@ class TinyRun:
             trainer.state.timestamp < self.duration
         ):  # else it was killed after its last checkpoint; Composer would refuse
             trainer.fit()
-        weights = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters() if p.requires_grad}
+        model = unwrapped(trainer.state.model)
+        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         trainer.close()
         return weights
 
     def run_and_save(self) -> None:
-        """Trains to the end in a process of its own; the weights go to `weights.pt`."""
+        """Trains to the end in a process of its own; rank 0's weights go to `weights.pt`."""
         weights = self.run()
-        torch.save(weights, Path(self.folder) / "weights.pt")
+        if dist.get_global_rank() == 0:
+            torch.save(weights, Path(self.folder) / "weights.pt")

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from udsstream.errors import ConfigError
 
 Method = Literal["uds", "random"]
-Scope = Literal["global"]
+Scope = Literal["global", "rank"]
 ProjectionScale = Literal["isometric", "reference"]
 LengthNorm = Literal["none", "sqrt", "tokens"]
 EmbeddingRecord = Literal["full", "tail", "none"]
@@ -61,7 +61,8 @@ class SelectionConfig:
     length_norm: LengthNorm = "none"
     """Divides `intra` and the embedding of an N-token sample by 1, √N or N."""
     scope: Scope = "global"
-    """`global`: the best of the whole candidate batch."""
+    """`global`: the best of the whole candidate batch, whichever rank loaded them. `rank`: each rank keeps its share of its own candidates,
+    as in the published setting; what is chosen then depends on the number of ranks."""
     start: str = "0ba"
     """Selection begins at this time: an integer with `ba`, `ep`, `sp` or `tok`, or a fraction of the run with `dur` ("0.1dur")."""
     end: str | None = None
@@ -96,11 +97,17 @@ class SelectionConfig:
             return PUBLISHED_ALPHA
         return convert_alpha(PUBLISHED_ALPHA, vocab_size=vocab_size, max_seq_len=self.max_seq_len)
 
-    def kept(self, candidates: int) -> int:
-        """K: how many of `candidates` are kept. A count larger than an incomplete last batch keeps all of it."""
+    def kept(self, candidates: int, ranks: int = 1) -> int:
+        """K: how many of `candidates` are kept. A count larger than an incomplete last batch keeps all of it.
+
+        With several ranks it is the next multiple of their number, so that all train on equal shares. That full batches need no rounding
+        is checked before training, so it concerns incomplete last batches alone.
+        """
         if isinstance(self.keep, float):
-            return min(candidates, max(1, math.floor(self.keep * candidates + 0.5)))
-        return min(candidates, self.keep)
+            kept = min(candidates, max(1, math.floor(self.keep * candidates + 0.5)))
+        else:
+            kept = min(candidates, self.keep)
+        return min(-(-kept // ranks), candidates // ranks) * ranks
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""

@@ -9,6 +9,7 @@
     ├── ModelError             the model's trunk or head cannot be found or scored (ValueError)
     ├── ScoreError             a score is not a finite number (ArithmeticError)
     ├── ResumeError            a checkpoint does not fit the run that loads it (RuntimeError)
+    ├── RankError              the ranks of a run disagree, or cannot work together as they are set up (RuntimeError)
     ├── ReplayError            a run cannot be trained again from its log with what was given (RuntimeError)
     ├── AttestationError       an attestation cannot be read, made or trusted (ValueError)
     └── LogError               the selection log
@@ -34,6 +35,7 @@ __all__ = [
     "LogWriteError",
     "MissingSampleIdError",
     "ModelError",
+    "RankError",
     "ReplayError",
     "ResumeError",
     "ScoreError",
@@ -77,6 +79,10 @@ class ScoreError(UdsstreamError, ArithmeticError):
 
 class ResumeError(UdsstreamError, RuntimeError):
     """A checkpoint does not fit the run that loads it."""
+
+
+class RankError(UdsstreamError, RuntimeError):
+    """The ranks of a run disagree, or cannot work together as they are set up."""
 
 
 class ReplayError(UdsstreamError, RuntimeError):

@@ -8,7 +8,8 @@ stands in `selector.py`, what a score is in `udsstream/scoring`, how a batch is 
 Counting: Composer counts samples and tokens before selection, so time, schedules in samples or tokens and throughput count
 *candidates*. State schedules and budgets in batches ("ba").
 
-What is not here: several ranks (refused with an error), and sharded parameters.
+With several ranks every event runs on each of them; what they must tell each other stands in `ranks.py`. What is not here: sharded
+parameters (refused with an error).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -35,9 +37,9 @@ from udsstream.config import (
     config_difference,
 )
 from udsstream.errors import ConfigError, ResumeError
-from udsstream.mosaicml.batch import take_rows, trim_padding
 from udsstream.mosaicml.dataset import StreamIdentity, stream_identities, streaming_dataset_of
 from udsstream.mosaicml.decision import Decision
+from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, kept_batch
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_run
 from udsstream.mosaicml.run_log import (
@@ -177,6 +179,7 @@ class OnlineBatchSelection(Algorithm):
         state["world_size"] = dist.get_world_size()
         state["step"] = self._step
         state["memory"] = self.selector.memory_state()
+        check_same_memory(self.selector.buffer.digest, self.selector.buffer.pushed)
         state["streams"] = [[stream.name, stream.index_sha256] for stream in self._streams]
         state["correlation"] = dict(vars(self._correlation))
         state["rng"] = gather_rng_state()
@@ -233,10 +236,6 @@ class OnlineBatchSelection(Algorithm):
                 f"{twins} OnlineBatchSelection algorithms were given to one Trainer, but their states would overwrite each other in the "
                 "checkpoint; give one"
             )
-        if dist.get_world_size() > 1:
-            raise ConfigError(
-                f"selection over several ranks is not supported yet: the world size is {dist.get_world_size()}, but must be 1"
-            )
 
     def _on_after_load(self, state: State, logger: Logger) -> None:
         del logger
@@ -252,6 +251,7 @@ class OnlineBatchSelection(Algorithm):
         if self.selector is not None:  # a second fit() of the same run
             return
         self._check_batch_size(state)
+        self._check_set_up(state)
         model = unwrapped(state.model)
         self.selector = CandidateSelector(self.config, model, **self._module_names)
         self._step = state.timestamp.batch.value
@@ -274,7 +274,7 @@ class OnlineBatchSelection(Algorithm):
         self._remember(state, decision)
         recorded = time.perf_counter()
         if decision.selected:
-            state.batch = trim_padding(take_rows(state.batch, decision.kept))
+            state.batch = kept_batch(state.batch, decision.order, decision.kept, device=state.device)
         self._step = state.timestamp.batch.value + 1
         self._times = (began, decided, recorded)
         seconds = {"selection/seconds": decided - began, "selection/log_seconds": recorded - decided}
@@ -334,30 +334,35 @@ class OnlineBatchSelection(Algorithm):
             self._writer.append(
                 step,
                 decision.columns(
+                    rank=dist.get_global_rank(),
                     epoch=timestamp.epoch.value,
                     sample_in_epoch=timestamp.sample_in_epoch.value,
                     dataset=streaming_dataset_of(state.train_dataloader),
                 ),
             )
-        embeddings = decision.kept_embeddings()
+        embeddings = self.selector.remember(decision, decision.kept)
         if embeddings is not None:
-            self.selector.buffer.push(embeddings)
+            places = np.array(decision.kept, dtype=np.int32)
+            mine = decision.order.rank[places] == dist.get_global_rank()
             self._log_push(
                 step,
-                embeddings,
-                positions=np.array(decision.kept, dtype=np.int32),
-                sample_ids=np.array(decision.sample_ids, dtype=np.int64)[decision.kept],
+                embeddings[torch.from_numpy(mine)],
+                positions=places[mine],
+                sample_ids=np.array(decision.sample_ids, dtype=np.int64)[places[mine]],
+                push_index=self.selector.buffer.pushed - len(places) + np.flatnonzero(mine),
             )
 
-    def _log_push(self, step: int, embeddings: Tensor, *, positions: np.ndarray, sample_ids: np.ndarray) -> None:
-        """Adds embeddings (k, d) that were just pushed into the memory to the log, with the memory's new digest."""
+    def _log_push(
+        self, step: int, embeddings: Tensor, *, positions: np.ndarray, sample_ids: np.ndarray, push_index: np.ndarray
+    ) -> None:
+        """Adds embeddings (k, d) that this rank contributed to the memory to the log, with the memory's new digest."""
         assert self.selector is not None
-        if self._writer is not None:
+        if self._writer is not None and len(embeddings):
             self._writer.push(
                 step,
                 positions=positions,
                 sample_ids=sample_ids,
-                push_index=self.selector.buffer.pushed - len(embeddings),
+                push_index=push_index,
                 embeddings=embeddings.numpy(),
                 digest=self.selector.buffer.digest,
             )
@@ -403,16 +408,19 @@ class OnlineBatchSelection(Algorithm):
             check_same_projection(self.warm_start, config, selector.vocab_size)
             memory, origin = former_memory(self.warm_start, config.embedding_dim)
         if self.log_dir is not None and self._writer is None:
-            description = describe_run(
-                config=config,
-                alpha=selector.alpha,
-                vocab_size=selector.vocab_size,
-                model=model,
-                streams=self._streams,
-                loader=_loader_facts(state),
-                world_size=dist.get_world_size(),
-                train_seed=state.rank_zero_seed,
-                warm_start=origin,
+            # Its run id is random: rank 0's counts.
+            description = from_rank_zero(
+                describe_run(
+                    config=config,
+                    alpha=selector.alpha,
+                    vocab_size=selector.vocab_size,
+                    model=model,
+                    streams=self._streams,
+                    loader=_loader_facts(state),
+                    world_size=dist.get_world_size(),
+                    train_seed=state.rank_zero_seed,
+                    warm_start=origin,
+                )
             )
             self._run_id = description["run_id"]
             self._writer = begin_log(self.log_dir, description, config)
@@ -421,19 +429,43 @@ class OnlineBatchSelection(Algorithm):
         if memory is not None:
             rows = selector.take_over(memory.embeddings)
             nobody = np.full(len(rows), -1)
-            self._log_push(-1, rows, positions=nobody.astype(np.int32), sample_ids=nobody)
+            if dist.get_global_rank() == 0:
+                self._log_push(
+                    -1, rows, positions=nobody.astype(np.int32), sample_ids=nobody, push_index=np.arange(len(rows))
+                )
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
+    def _check_set_up(self, state: State) -> None:
+        if state.fsdp_enabled:
+            raise ConfigError(
+                "selection with sharded parameters (FSDP) is not supported yet: scoring stops the forward before the head, which FSDP's "
+                "bookkeeping does not bear; train with DistributedDataParallel (no parallelism_config), or with LoRA on a model that fits"
+            )
+        dataset = streaming_dataset_of(state.train_dataloader)
+        if dataset is not None and (dataset.replication or 1) > 1:
+            raise ConfigError(
+                f"the data set gives each sample to {dataset.replication} ranks (replication), so that they would be chosen from, and "
+                "counted, as many times; leave replication out"
+            )
+
     def _check_batch_size(self, state: State) -> None:
         per_rank = getattr(state.train_dataloader, "batch_size", None)
-        if not isinstance(per_rank, int) or isinstance(self.config.keep, float):
+        if not isinstance(per_rank, int):
             return
-        candidates = per_rank * dist.get_world_size()
-        if self.config.keep > candidates:
+        ranks = dist.get_world_size()
+        candidates = per_rank * ranks
+        if isinstance(self.config.keep, int) and self.config.keep > candidates:
             raise ConfigError(
                 f"keep: {self.config.keep} of each candidate batch are to be kept, but a batch has only {candidates}; "
                 f"choose at most {candidates}, a fraction, or a larger batch"
+            )
+        kept = self.config.kept(candidates)
+        if kept % ranks:
+            nearest = [k for k in (kept // ranks * ranks, (kept // ranks + 1) * ranks) if 0 < k <= candidates]
+            raise ConfigError(
+                f"keep: {kept} of the {candidates} candidates of a global batch are to be kept, but {ranks} ranks can only train on equal "
+                f"shares; keep {' or '.join(map(str, nearest))}"
             )
 
 

@@ -17,12 +17,24 @@ from torch import Tensor
 
 from udsstream.errors import DataError, MissingSampleIdError, SequenceTooLongError
 
-__all__ = ["check_candidates", "real_tokens", "sample_ids_of", "scoring_microbatches", "take_rows", "trim_padding"]
+__all__ = [
+    "check_candidates",
+    "join_rows",
+    "real_tokens",
+    "sample_ids_of",
+    "scoring_microbatches",
+    "split_rows",
+    "take_rows",
+    "trim_padding",
+]
 
 IGNORED_LABEL = -100
 """The label that no loss is computed for (`torch.nn.CrossEntropyLoss`)."""
 
 _FILL = {"labels": IGNORED_LABEL}
+
+LEFT_PADDED = "(left padded)"
+"""Key of a row apart from its batch: whether its padding stood on the left."""
 
 
 def sample_ids_of(batch: object) -> list[int]:
@@ -120,6 +132,64 @@ def trim_padding(batch: Mapping[str, Any]) -> dict[str, Any]:
     if (start, stop) == (0, width):
         return dict(batch)
     return {key: value[:, start:stop] if _has_tokens(value, batch) else value for key, value in batch.items()}
+
+
+def split_rows(batch: Mapping[str, Any], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """The given rows one by one, each cut to its real tokens, so that they can be joined with rows of another batch.
+
+    A row holds what belongs to it, and under `LEFT_PADDED` whether its padding stood on the left.
+    """
+    mask = real_tokens(batch)
+    count = mask.shape[0]
+    split = []
+    for row in rows:
+        real = mask[row].nonzero().flatten()
+        start, stop = int(real[0]), int(real[-1]) + 1
+        parts: dict[str, Any] = {LEFT_PADDED: start > 0}
+        for key, value in batch.items():
+            if _has_tokens(value, batch):
+                parts[key] = value[row, start:stop]
+            elif (isinstance(value, Tensor) and value.ndim >= 1 and value.shape[0] == count) or (
+                isinstance(value, (list, tuple)) and len(value) == count
+            ):
+                parts[key] = value[row]
+        split.append(parts)
+    return split
+
+
+def join_rows(rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of rows that `split_rows` cut, padded to the longest of them on the side that any of them was padded on.
+
+    Args:
+        rows: at least one, with the same keys.
+        batch: one that such rows came from: what belongs to no row is carried along from it, and its padding token is used.
+
+    Raises:
+        DataError: the rows do not have the same keys.
+    """
+    left = any(row[LEFT_PADDED] for row in rows)
+    longest = max(row["input_ids"].shape[0] for row in rows)
+    padding = _input_ids(batch)[~real_tokens(batch)].flatten()
+    fill = _FILL | ({"input_ids": padding[0].item()} if len(padding) else {})
+    joined: dict[str, Any] = {}
+    for key, value in batch.items():
+        if not all(key in row for row in rows):
+            if any(key in row for row in rows):
+                raise DataError(
+                    f"'{key}' belongs to the rows of the batch on some ranks, but not on others; collate it alike on all"
+                )
+            joined[key] = value
+        elif _has_tokens(value, batch):
+            laid = value.new_full((len(rows), longest, *value.shape[2:]), fill.get(key, 0))
+            for place, row in enumerate(rows):
+                length = row[key].shape[0]
+                laid[place, longest - length if left else 0 : longest if left else length] = row[key]
+            joined[key] = laid
+        elif isinstance(value, Tensor):
+            joined[key] = torch.stack([row[key] for row in rows])
+        else:
+            joined[key] = type(value)([row[key] for row in rows])
+    return joined
 
 
 def scoring_microbatches(

@@ -1,6 +1,6 @@
 """One step's decision, and the two forms in which it leaves the algorithm: the log's columns and the run's metrics.
 
-B candidates in canonical order, d components of an embedding
+B candidates of all ranks in canonical order, B_r of one rank, d components of an embedding
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from streaming import StreamingDataset
 from torch import Tensor
 
 from udsstream.mosaicml.dataset import locate
+from udsstream.mosaicml.ranks import CanonicalOrder
 
 __all__ = ["Decision"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The candidates of one step and what became of them. Tensors are on the host, but for the embeddings."""
+    """The candidates of one step, of all ranks in canonical order, and what became of them. Tensors are on the host, but for the
+    embeddings."""
 
+    order: CanonicalOrder
+    """Whose each candidate is."""
     sample_ids: list[int]
     lengths: list[int]
     """Real tokens of each candidate."""
@@ -32,21 +36,20 @@ class Decision:
     inter: Tensor | None = None
     """(B,) float32; None for methods that have none."""
     embeddings: Tensor | None = None
-    """(B, d) float32; None for methods that have none."""
+    """(B_r, d) float32: those of this rank's own candidates, in the order of its batch; None for methods that have none."""
 
     @property
     def selected(self) -> bool:
         """Whether selection was on."""
         return self.scores is not None
 
-    def kept_embeddings(self) -> Tensor | None:
-        """(K, d) float32 on the host, in the order in which they enter the memory."""
-        return None if self.embeddings is None else self.embeddings[self.kept].float().cpu()
-
-    def columns(self, *, epoch: int, sample_in_epoch: int, dataset: StreamingDataset | None) -> dict[str, np.ndarray]:
-        """The columns of the selection log that the writer does not fill itself, B rows each.
+    def columns(
+        self, *, rank: int, epoch: int, sample_in_epoch: int, dataset: StreamingDataset | None
+    ) -> dict[str, np.ndarray]:
+        """The columns of the selection log that the writer does not fill itself, for the candidates of one rank.
 
         Args:
+            rank: whose candidates.
             epoch: of this step.
             sample_in_epoch: candidates seen in this epoch before this step.
             dataset: tells in which stream and shard a sample lies; None leaves these columns null.
@@ -74,7 +77,8 @@ class Decision:
         for name, values in (("intra", self.intra), ("inter", self.inter), ("score", self.scores)):
             if values is not None:
                 columns[name] = values.numpy()
-        return columns
+        mine = self.order.rank == rank
+        return {name: values[mine] for name, values in columns.items()}
 
     def metrics(self) -> dict[str, float]:
         """What the run's loggers are told of this step."""

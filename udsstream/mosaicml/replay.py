@@ -317,7 +317,7 @@ class ReplaySelection(Algorithm):
         self.tally.add(comparison)
         if decision.embeddings is not None:
             # What the log kept enters the memory, so that one divergence does not make all later steps differ.
-            self._selector.buffer.push(decision.embeddings[logged.kept].float().cpu())
+            self._selector.remember(decision, logged.kept)
             recorded = self._memory_digests().get(logged.step)
             if recorded is not None:
                 self.tally.memories += 1

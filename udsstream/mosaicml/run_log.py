@@ -18,6 +18,7 @@ from composer.utils import dist
 from udsstream.config import SelectionConfig, config_difference
 from udsstream.errors import ConfigError, LogExistsError, ResumeError
 from udsstream.mosaicml.dataset import StreamIdentity
+from udsstream.mosaicml.ranks import from_rank_zero
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.selection_log.reader import Memory, SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -79,15 +80,22 @@ def reopen_log(
             + "\nresume with the old values, or give the new run a log_dir of its own"
         )
     check_streams([[stream["name"], stream["index_sha256"]] for stream in run["streams"]], streams)
-    rank = dist.get_global_rank()
-    writer = SelectionLogWriter.resume(
-        log_dir,
-        step=step,
-        head=None if anchored is None else anchored["heads"][rank],
-        rank=rank,
-        world_size=dist.get_world_size(),
-    )
-    return writer, run["run_id"]
+    rank, heads = dist.get_global_rank(), [] if anchored is None else anchored["heads"]
+
+    def resume(attempt: int | None) -> SelectionLogWriter:
+        return SelectionLogWriter.resume(
+            log_dir,
+            step=step,
+            head=heads[rank] if rank < len(heads) else None,  # the checkpoint may be of fewer ranks
+            rank=rank,
+            world_size=dist.get_world_size(),
+            attempt=attempt,
+        )
+
+    # Rank 0 finds the attempt's number, and the others must use it.
+    first = resume(None) if rank == 0 else None
+    attempt = from_rank_zero(None if first is None else first.attempt)
+    return first or resume(attempt), run["run_id"]
 
 
 def anchor(writer: SelectionLogWriter, step: int, buffer: EmbeddingBuffer) -> dict[str, Any]:

@@ -3,24 +3,35 @@
 `OnlineBatchSelection` trains by its decisions and records them; `ReplaySelection` asks for them again and compares. Deciding changes
 nothing, neither the model nor the memory: what was trained on enters the memory by `remember`.
 
-    B candidates, K kept, d components of an embedding
+With several ranks each scores its own candidates, and all come to the same decision over the global batch (`ranks.py`).
+
+    B candidates of all ranks, B_r of this one, K kept, d components of an embedding
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from composer.core import State, get_precision_context
+from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from udsstream.config import SelectionConfig
 from udsstream.mosaicml.batch import check_candidates, real_tokens, sample_ids_of, scoring_microbatches
 from udsstream.mosaicml.decision import Decision
+from udsstream.mosaicml.ranks import (
+    CanonicalOrder,
+    GatheredCandidates,
+    canonical_order,
+    from_rank_zero,
+    gather_candidates,
+    gather_embeddings,
+)
 from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutral
 from udsstream.scoring import methods
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
@@ -70,6 +81,7 @@ class CandidateSelector:
         )
         self._scorer = CandidateScorer(self.projection, length_norm=config.length_norm)
         self._form: ScoringForm | None = None
+        self._capacity: int | None = None
         self._device = next(model.parameters()).device
         self.buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=self._device)
 
@@ -113,27 +125,69 @@ class CandidateSelector:
         ids = sample_ids_of(state.batch)
         mask = real_tokens(state.batch)
         lengths = check_candidates(state.batch, mask, ids, self.config.max_seq_len)
-        if not selects:
-            return Decision(sample_ids=ids, lengths=lengths, kept=list(range(len(ids))))
-        intra = inter = embeddings = None
-        if self.config.method == "random":
-            scores = methods.random(len(ids), seed=self.config.seed, epoch=epoch, batch=batch_in_epoch)
-        else:
+        nothing = torch.zeros(len(ids))
+        intra, inter, embeddings = nothing, nothing, None
+        has_terms = selects and self.config.method != "random"
+        if has_terms:
             scored = self._score(state, mask, lengths)
             embeddings = scored.embeddings
-            intra = scored.intra.cpu()
-            inter = self.buffer.mean_distance(embeddings).cpu()
-            scores = methods.uds(intra, inter, self.alpha)
-        check_finite(scores, ids)
+            intra, inter = scored.intra.cpu(), self.buffer.mean_distance(embeddings).cpu()
+        known = self._gather(ids, lengths, intra, inter, state)
+        everyone = {"order": known.order, "sample_ids": known.sample_ids, "lengths": known.lengths}
+        if not selects:
+            return Decision(**everyone, kept=list(range(len(known.order))))
+        if has_terms:
+            scores = methods.uds(known.intra, known.inter, self.alpha)
+        else:
+            scores = methods.random(len(known.order), seed=self.config.seed, epoch=epoch, batch=batch_in_epoch)
+        check_finite(scores, known.sample_ids)
         return Decision(
-            sample_ids=ids,
-            lengths=lengths,
-            kept=top_k(scores, self.config.kept(len(ids))).tolist(),
+            **everyone,
+            kept=self._choose(scores, known.order),
             scores=scores,
-            intra=intra,
-            inter=inter,
+            intra=known.intra if has_terms else None,
+            inter=known.inter if has_terms else None,
             embeddings=embeddings,
         )
+
+    def remember(self, decision: Decision, kept: Sequence[int]) -> Tensor | None:
+        """Adds the embeddings of the kept candidates, of all ranks, to the memory. Every rank must call it.
+
+        Returns:
+            (K, d) float32 on the host, in the order in which they entered; None where the method has none.
+        """
+        if decision.embeddings is None:
+            return None
+        if dist.get_world_size() == 1:
+            rows = decision.embeddings[list(kept)].float().cpu()
+        else:
+            rows = gather_embeddings(decision.embeddings, decision.order, kept, device=self._device)
+        self.buffer.push(rows)
+        return rows
+
+    def _choose(self, scores: Tensor, order: CanonicalOrder) -> list[int]:
+        """Canonical places of the kept candidates, ascending."""
+        ranks = dist.get_world_size()
+        kept = self.config.kept(len(order), ranks)
+        if self.config.scope == "global" or ranks == 1:
+            return top_k(scores, kept).tolist()
+        chosen: list[int] = []
+        for rank in range(ranks):
+            own = order.of(rank)
+            chosen += own[top_k(scores[torch.from_numpy(own)], kept // ranks).numpy()].tolist()
+        return sorted(chosen)
+
+    def _gather(
+        self, ids: list[int], lengths: list[int], intra: Tensor, inter: Tensor, state: State
+    ) -> GatheredCandidates:
+        if dist.get_world_size() == 1:
+            order = canonical_order([len(ids)], 1)
+            return GatheredCandidates(order=order, sample_ids=ids, lengths=lengths, intra=intra, inter=inter)
+        if self._capacity is None:
+            most = state.device.tensor_to_device(torch.tensor([len(ids)]))
+            dist.all_reduce(most, reduce_operation="MAX")
+            self._capacity = int(most)
+        return gather_candidates(ids, lengths, intra, inter, capacity=self._capacity, device=self._device)
 
     def _score(self, state: State, mask: Tensor, lengths: list[int]) -> CandidateScores:
         """intra (B,) and embeddings (B, d) of the candidates, in their order."""
@@ -144,7 +198,8 @@ class CandidateSelector:
             for rows, packed in scoring_microbatches(state.batch, mask, lengths, self.config.score_microbatch_tokens):
                 on_device = state.device.batch_to_device(packed)
                 if self._form is None:
-                    self._form = choose_form(parts, on_device)
+                    # Each rank has looked at another candidate, but all must score alike.
+                    self._form = from_rank_zero(choose_form(parts, on_device))
                     log.info("Candidates are scored as %s.", self._form)
                 matrices = self._matrices(on_device, self._form)
                 unpadded = [matrices[place, : lengths[row]] for place, row in enumerate(rows)]
