@@ -15,7 +15,7 @@ from udsstream.errors import ConfigError
 MISTAKES = [
     ("method", "udss", "'udss' is none of uds, random"),
     ("method", None, "None is none of"),
-    ("scope", "rank", "'rank' is none of global"),
+    ("scope", "local", "'local' is none of global, rank"),
     ("projection_scale", "iso", "'iso' is none of isometric, reference"),
     ("length_norm", 1, "1 is none of none, sqrt, tokens"),
     ("embeddings", "all", "'all' is none of full, tail, none"),
@@ -171,6 +171,7 @@ CHANGES = {
     "interrupt": 3,
     "seed": 18,
     "score_microbatch_tokens": 100,
+    "scope": "rank",
 }
 
 
@@ -186,7 +187,7 @@ def test_the_fingerprint_changes_with_each_deciding_field(field):
 
 def test_the_fingerprint_covers_all_fields_but_the_embeddings_kept():
     names = {field.name for field in dataclasses.fields(SelectionConfig)}
-    assert names - set(CHANGES) == {"embeddings", "scope"}  # scope has one value so far
+    assert names - set(CHANGES) == {"embeddings"}
     for record in ("full", "none"):
         assert SelectionConfig(embeddings=record).fingerprint() == SelectionConfig().fingerprint()
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from composer.core import Callback, TimeUnit
+from composer.core import Callback, State, TimeUnit
 from composer.loggers import InMemoryLogger
 from tiny import TinyRun, collate, llama, write_stream
 from torch.utils.data import DataLoader
@@ -351,12 +351,12 @@ def test_a_score_that_is_not_a_number_names_its_sample_and_nothing_is_recorded(s
     assert len(SelectionLog.open(tmp_path / "log").steps()) == 0
 
 
-def test_several_ranks_are_refused(streams, tmp_path, monkeypatch):
-    from udsstream.mosaicml import algorithm
-
-    monkeypatch.setattr(algorithm.dist, "get_world_size", lambda: 2)
-    with pytest.raises(ConfigError, match=r"several ranks is not supported yet: the world size is 2"):
-        OnlineBatchSelection()._on_init(type("State", (), {"algorithms": [], "callbacks": []})(), None)
+def test_sharded_parameters_are_refused(streams, tmp_path, monkeypatch):
+    monkeypatch.setattr(State, "fsdp_enabled", True)
+    with pytest.raises(
+        ConfigError, match=r"sharded parameters \(FSDP\) is not supported yet: .* train with DistributedDataParallel"
+    ):
+        TinyRun(streams=streams, folder=str(tmp_path), duration="2ba").run()
 
 
 def test_trimming_equals_collating_the_kept_rows_alone(streams):
