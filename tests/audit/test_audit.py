@@ -488,3 +488,11 @@ def test_the_draw_is_the_one_that_is_made(tmp_path: Path) -> None:
         drawn = methods.random(len(columns["score"]), seed=run.config.seed, epoch=epoch, batch=batch)
         assert np.array_equal(drawn.numpy(), columns["score"])
     assert math.isclose(float(drawn.mean()), 0.5, abs_tol=0.5)
+
+
+@pytest.mark.parametrize("name", ["full", "tail"])
+def test_the_golden_logs_are_intact(name: str) -> None:
+    """Written by the first version, with digests of the memory by a rule of their own: checked as a record."""
+    report = audit(Path(__file__).parents[1] / "selection_log" / "golden_v1" / name)
+    assert report.findings == ()
+    assert report.rows > 0

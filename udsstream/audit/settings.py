@@ -60,7 +60,8 @@ def read_facts(run: RunFile, ledger: Ledger) -> RunFacts:
         run_id=str(content.get("run_id", "unknown"))[:200],
         config=config,
         alpha=_alpha(content, config, ledger),
-        streams=_streams(content.get("streams"), ledger),
+        # Who wrote no selection settings may describe streams in another form.
+        streams=None if content.get("selection") is None else _streams(content.get("streams"), ledger),
         batch_size=_whole(loader.get("batch_size"), least=1),
         batches_per_epoch=_whole(loader.get("batches_per_epoch"), least=1),
         max_duration=max_duration if isinstance(max_duration, str) else None,
