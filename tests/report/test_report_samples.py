@@ -18,6 +18,7 @@ from text_runs import pairs, write_run, write_stream
 from udsstream.errors import ConfigError
 from udsstream.report.samples import KINDS, Pick, pick, read_text, show_row
 from udsstream.selection_log.reader import SelectionLog
+from udsstream.selection_log.writer import SelectionLogWriter
 
 
 @pytest.fixture
@@ -254,3 +255,23 @@ def test_reading_makes_no_shared_memory(tmp_path, streams):
     log = SelectionLog.open(tmp_path / "run")
     assert all(text.problem is None for text in read_text(pick(log), log.run))
     assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_a_tie_goes_to_the_earlier_place_in_whatever_order_rows_are_read(tmp_path):
+    """Rank 0 is read first, but brings the later positions; all scores are alike."""
+    for rank in (0, 1):
+        writer = SelectionLogWriter.create(tmp_path, run=uds_log.run(), rank=rank, world_size=2, embeddings="none")
+        for step in range(30):
+            columns = uds_log.candidates(step, rows=4, method="uds", scored=True)
+            columns |= {
+                "position": np.arange(4, dtype=np.int32) + 4 * (1 - rank),
+                "sample_id": np.arange(4, dtype=np.int64) + 8 * step + 4 * (1 - rank),
+                "score": np.ones(4, np.float32),
+            }
+            writer.append(step, columns)
+        writer.close()
+    log = SelectionLog.open(tmp_path)
+    picks = pick(log, per_kind=1)
+    by_kind = {kind: [(p.step, p.position) for p in picks if p.kind == kind] for kind in KINDS}
+    assert by_kind == expected(log.table().to_pylist(), 1)
+    assert all(p.step == 0 for p in picks if p.kind in ("highest", "narrow", "lowest"))
