@@ -45,6 +45,9 @@ def test_the_demo_shortened(tmp_path, capfd):
     out = capfd.readouterr().out
     assert "3 (25%)" in out
     assert "held-out loss, before → after" in out
+    assert "intact relative to" in out
+    assert "at step 3 those of the run's checkpoint, bit for bit" in " ".join(out.replace("│", " ").split())
+    assert (run / "report.html").stat().st_size > 50_000
     log = SelectionLog.open(run)
     assert len(log.run["streams"]) > 100
     assert log.run["model"]["class"] == "HuggingFaceModel"

