@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import oracles
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,6 +24,15 @@ TINY = {
     "max_position_embeddings": 256,
 }
 SHAPE = bench.HeadShape(name="a head", vocab_size=507, width=64, tokens=33, candidates=2)
+CAPPED = bench.HeadShape(
+    name="a capped head",
+    vocab_size=507,
+    width=64,
+    tokens=33,
+    softcap=1.0,
+    layers=3,
+    layer={"intermediate_size": 96, "num_attention_heads": 4},
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,55 +54,115 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return bench.run_bench(model=folder, repeats=2, shapes=[SHAPE])
+    return bench.run_bench(model=folder, repeats=2, shapes=[SHAPE, CAPPED])
 
 
 def test_the_rows_say_what_was_measured(result, folder):
-    model, head = result.rows
+    model, head, capped = result.rows
     assert (model.name, model.vocab_size, model.width) == (folder.name, 307, 32)
     assert tuple(model.lengths) == bench.GSM8K_LENGTHS
     assert (head.name, head.lengths, head.trunk, head.scoring_over_trunk) == ("a head", [33, 33], None, None)
+    assert (capped.form, capped.factoring, capped.trunk_layers) == ("vocabulary slices", 0, 3)
     assert result.data == "8 synthetic candidates of GSM8K's lengths"
     assert result.repeats == 2
     for row in result.rows:
-        assert min(row.scoring, row.reference, row.factoring) > 0
-        assert row.speedup_over_svd == row.reference / row.scoring
+        assert 0 < row.scores < row.scoring
+        assert min(row.reference, row.scoring_memory, row.reference_memory) > 0
+        assert row.speedup_over_svd == row.reference / row.scores
         assert 0 <= row.relative_error < 2e-5
         assert 0 <= row.reference_error < 2e-5
-    assert model.scoring_over_trunk == model.scoring / model.trunk
+    assert model.factoring > 0
+    for row in (model, capped):
+        assert row.scoring_over_trunk == row.scoring / row.trunk
+    for row in (head, capped):
+        assert (row.full_step, row.selecting_step_speedup, row.fraction_of_ideal) == (None, None, None)
+
+
+def test_a_selecting_step_is_made_of_its_parts(result):
+    model = result.rows[0]
+    assert model.trunk + model.scoring + model.kept_step == pytest.approx(model.selecting_step, rel=0.3)
+    assert model.selecting_step_speedup == model.full_step / model.selecting_step
+    assert model.fraction_of_ideal == (model.trunk + model.kept_step) / model.selecting_step
+    assert 0 < model.fraction_of_ideal < 1
 
 
 def test_an_error_of_scoring_would_show(folder, monkeypatch):
-    exact = bench._Selection.choose
-    monkeypatch.setattr(bench._Selection, "choose", lambda self, scored: exact(self, scored) * 1.01)
+    exact = bench.CandidateScorer.score_hidden
+
+    def wrong(*args, **kwargs):
+        found = exact(*args, **kwargs)
+        return dataclasses.replace(found, intra=found.intra * 1.01)
+
+    monkeypatch.setattr(bench.CandidateScorer, "score_hidden", wrong)
     [row] = bench.run_bench(model=folder, repeats=1).rows
     assert row.relative_error == pytest.approx(0.01, rel=0.01)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_the_definition_in_float64_is_the_definition(softcap):
+    weight, hidden = torch.randn(20_000, 12), [torch.randn(7, 12), torch.randn(30, 12)]
+    found = bench._exact_norms(hidden, bench.LMHead(weight=weight, softcap=softcap))
+    for norm, states in zip(found, hidden, strict=True):
+        exact = oracles.nuclear_norm(oracles.logits(states, weight, softcap=softcap))
+        assert oracles.relative_error(norm, exact) < 1e-12
+
+
+def test_peaks_are_of_what_lives_at_a_time():
+    def action():
+        first = torch.ones(1000, dtype=torch.float32)
+        second = first + 1
+        del first, second
+        third = torch.ones(1500, dtype=torch.float32)
+        del third
+
+    assert bench._peak_bytes(action, torch.device("cpu")) == pytest.approx(8000, abs=100)
+
+
 def test_the_text_shows_every_figure(result):
     row = dataclasses.replace(
-        result.rows[0], trunk=2.0, scoring=0.01, reference=3.0, factoring=0.5, relative_error=1e-6, reference_error=2e-6
+        result.rows[0],
+        trunk=2.0,
+        scores=0.006,
+        scoring=0.01,
+        reference=3.0,
+        factoring=0.5,
+        full_step=9.0,
+        selecting_step=3.0,
+        kept_step=0.9,
+        relative_error=1e-6,
+        reference_error=2e-6,
+        scoring_memory=3 * 2**20,
+        reference_memory=77 * 2**20,
+        memory_over_trunk=5 * 2**20,
     )
     text = bench.render(dataclasses.replace(result, rows=[row]))
     for figure in (
         "2.00 s",
+        "6.0 ms",
         "10.0 ms",
         "3.00 s",
         "500.0 ms",
+        "900.0 ms",
         "0.50%",
-        "300×",
+        "500×",
+        "3.00×",
+        "96.67%",
+        " 3 MB",
+        "77 MB",
+        "5 MB",
         "1.0e-06",
         "2.0e-06",
         "N=95–188, V=307, D=32",
     ):
         assert figure in text
     assert "trunk" not in bench.render(dataclasses.replace(result, rows=[result.rows[1]]))
+    assert "(3 × one layer)" in bench.render(dataclasses.replace(result, rows=[result.rows[2]]))
 
 
 def test_medians_leave_the_first_turn_out():
     clock = bench._Clock(torch.device("cpu"))
-    clock._turns = [{"a": 100.0}, {"a": 1.0}, {"a": 3.0}, {"a": 2.0}]
-    assert clock.median("a") == 2.0
+    clock._turns = [{"a": 100.0}, {"a": 1.0}, {"a": 3.0}, {"a": 2.0}, {"a": 50.0}]
+    assert clock.median("a", 3) == 2.0
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
@@ -119,7 +189,8 @@ def test_the_command(folder):
     answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1", "--json"])
     assert answer.exit_code == 0, answer.output
     (row,) = json.loads(answer.stdout)["rows"]
-    assert row["scoring_over_trunk"] > 0
+    for ratio in ("scoring_over_trunk", "speedup_over_svd", "selecting_step_speedup", "fraction_of_ideal"):
+        assert row[ratio] > 0
     assert row["relative_error"] <= 2e-5
     answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1"])
     assert "scoring / trunk" in answer.stdout

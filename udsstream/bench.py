@@ -1,18 +1,22 @@
 """What scoring costs on this machine, beside what it is added to and what it replaces: all timed in one run, nothing quoted.
 
     udsstream bench --gsm8k FOLDER
-    udsstream bench --shapes          # also random heads of other models' shapes (8 GB, minutes)
+    udsstream bench --shapes          # also the heads of larger models, with random weights (8 GB, a quarter of an hour)
 
-    B candidates, N tokens, V vocabulary, D hidden width
+    B candidates, K kept, N tokens, V vocabulary, D hidden width
 
-`trunk`      the model's forward up to its head, for the whole candidate batch, as selection runs it
-`scoring`    all that selection adds to it: repacking the batch, neutrality, intra, embeddings, distance to a full memory, top-k
-`reference`  the definition instead: the head's logits (N×V) and `torch.linalg.svdvals` of them, one candidate after the other
+`reference`       the definition: the head's logits (N×V) and `torch.linalg.svdvals` of them, one candidate after the other
+`scores`          what replaces it: `intra`, and the embeddings too, from hidden states
+`trunk`           the model's forward up to its head, for the whole candidate batch, as selection runs it
+`scoring`         all that selection adds to the trunk: repacking the batch, neutrality, `scores`, distance to a full memory, top-k
+`kept_step`       forward, backward and optimizer step (LoRA, rank 8, on every projection) with the kept candidates
+`selecting_step`  trunk, scoring and kept step
+`full_step`       the training step with all candidates
 
-The three take turns, so that a busy machine slows all of them. The first turn is not counted; times are medians.
+They take turns, so that a busy machine slows all of them. The first turn is not counted; times are medians.
 
-What is not here: factoring the head is timed once (`factoring`), since a frozen head is factored once per run. A head that trains is
-factored again for every scoring forward, and the backward pass is no part of this.
+What is not here: factoring the head is timed once (`factoring`), since a frozen head is factored once per run. For a head by itself the
+trunk is extrapolated from one layer (`HeadShape.layers`) and there are no steps.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from udsstream.scoring.select import top_k
 __all__ = ["BenchResult", "HeadShape", "Row", "render", "run_bench"]
 
 CANDIDATES = 8
-"""B."""
+"""B. One of them is kept."""
 
 GSM8K_LENGTHS = (130, 150, 124, 95, 132, 180, 188, 101)
 """Tokens (SmolLM2's) of the GSM8K test samples that are taken when the data is there: those of the synthetic ones when it is not."""
@@ -52,37 +56,78 @@ GSM8K_LENGTHS = (130, 150, 124, 95, 132, 180, 188, 101)
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:
-    """A head to be timed by itself, with random weight and hidden states."""
+    """A head to be timed by itself, with random weight and hidden states, and a layer of the trunk that it belongs to."""
 
     name: str
     vocab_size: int
     width: int
-    tokens: int
+    tokens: int = 512
     candidates: int = 1
+    softcap: float | None = None
+    layers: int = 0
+    """Layers of the trunk, whose forward counts as that many times one layer's. 0: there is no trunk."""
+    layer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The layer, as transformers' `LlamaConfig` has it."""
 
 
-SHAPES = (HeadShape(name="Qwen2.5-7B's head", vocab_size=152_064, width=3584, tokens=512),)
+SHAPES = (
+    HeadShape(
+        name="Llama-3.1-8B's head",
+        vocab_size=128_256,
+        width=4096,
+        layers=32,
+        layer={"intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    ),
+    HeadShape(
+        name="Qwen2.5-7B's head",
+        vocab_size=152_064,
+        width=3584,
+        layers=28,
+        layer={"intermediate_size": 18_944, "num_attention_heads": 28, "num_key_value_heads": 4},
+    ),
+    HeadShape(
+        name="Gemma-2-9B's head",
+        vocab_size=256_000,
+        width=3584,
+        softcap=30.0,
+        layers=42,
+        layer={"intermediate_size": 14_336, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured case. Times in seconds, medians of the result's `repeats`."""
+    """One measured case. Times in seconds, medians of the result's `repeats`; memory in bytes of tensors beside weights and inputs."""
 
     name: str
     vocab_size: int
     width: int
     lengths: list[int]
     """Tokens of each candidate."""
+    form: str
+    """How the candidates are scored."""
     trunk: float | None
-    """None: there is no trunk, only a head."""
+    trunk_layers: int | None
+    """The number of layers that `trunk` is extrapolated to from one. None: the whole trunk was run."""
+    scores: float
     scoring: float
     reference: float
     factoring: float
-    """Once, not a median."""
+    """Once, not a median. 0 for a head that is not factored."""
+    full_step: float | None
+    selecting_step: float | None
+    kept_step: float | None
     relative_error: float
     """Largest error of `intra` among the candidates, relative to the definition in float64 on the same hidden states."""
     reference_error: float
     """The same for the definition in float32."""
+    scoring_memory: int
+    """Peak of `scores`, the head's factors included."""
+    reference_memory: int
+    """Peak of `reference`."""
+    memory_over_trunk: int | None
+    """How much higher the peak of trunk and scoring is than the trunk's own."""
 
     @property
     def scoring_over_trunk(self) -> float | None:
@@ -91,8 +136,23 @@ class Row:
 
     @property
     def speedup_over_svd(self) -> float:
-        """How many times faster than the definition."""
-        return self.reference / self.scoring
+        """How many times faster than the definition (which makes no embeddings)."""
+        return self.reference / self.scores
+
+    @property
+    def selecting_step_speedup(self) -> float | None:
+        """How many times faster than training on all candidates."""
+        return None if not self.full_step or not self.selecting_step else self.full_step / self.selecting_step
+
+    @property
+    def fraction_of_ideal(self) -> float | None:
+        """The time of trunk and kept step, of all that a selecting step takes."""
+        if not self.selecting_step or self.trunk is None or self.kept_step is None:
+            return None
+        return (self.trunk + self.kept_step) / self.selecting_step
+
+
+RATIOS = ("scoring_over_trunk", "speedup_over_svd", "selecting_step_speedup", "fraction_of_ideal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +172,7 @@ class BenchResult:
         """Plain types, ready for JSON, with the ratios."""
         plain = dataclasses.asdict(self)
         for row, measured in zip(plain["rows"], self.rows, strict=True):
-            row["scoring_over_trunk"] = measured.scoring_over_trunk
-            row["speedup_over_svd"] = measured.speedup_over_svd
+            row |= {ratio: getattr(measured, ratio) for ratio in RATIOS}
         return plain
 
 
@@ -170,20 +229,26 @@ def render(result: BenchResult) -> str:
     for row in result.rows:
         lines += [
             "",
-            f"{row.name}: B={len(row.lengths)}, N={min(row.lengths)}–{max(row.lengths)}, V={row.vocab_size}, D={row.width}",
+            f"{row.name}: B={len(row.lengths)}, N={min(row.lengths)}–{max(row.lengths)}, V={row.vocab_size}, D={row.width}, {row.form}",
         ]
-        if row.trunk is not None:
-            lines.append(f"  trunk forward            {_seconds(row.trunk)}")
-        lines += [
-            f"  scoring in hidden space  {_seconds(row.scoring)}   (head factored once in {_seconds(row.factoring).strip()})",
-            f"  logits and SVD           {_seconds(row.reference)}",
+        extrapolated = f"({row.trunk_layers} × one layer)" if row.trunk_layers else ""
+        factored = f"(head factored once in {_seconds(row.factoring).strip()})" if row.factoring else ""
+        figures = [
+            ("logits and SVD", _seconds(row.reference), f"peak {_bytes(row.reference_memory)}"),
+            ("hidden states to scores", _seconds(row.scores), f"peak {_bytes(row.scoring_memory)} {factored}"),
+            ("trunk forward", _seconds(row.trunk), extrapolated),
+            ("all that scoring adds", _seconds(row.scoring), ""),
+            ("training on all", _seconds(row.full_step), ""),
+            ("training on the kept", _seconds(row.kept_step), ""),
+            ("selecting step", _seconds(row.selecting_step), ""),
+            ("faster than the SVD", f"{row.speedup_over_svd:.0f}×", ""),
+            ("scoring / trunk", _percent(row.scoring_over_trunk), ""),
+            ("faster than training on all", _times(row.selecting_step_speedup), ""),
+            ("of the ideal step", _percent(row.fraction_of_ideal), ""),
+            ("memory over the trunk's", _bytes(row.memory_over_trunk), ""),
+            ("relative error", f"{row.relative_error:.1e}", f"(SVD in float32: {row.reference_error:.1e})"),
         ]
-        if row.scoring_over_trunk is not None:
-            lines.append(f"  scoring / trunk          {row.scoring_over_trunk:12.2%}")
-        lines += [
-            f"  faster than the SVD      {row.speedup_over_svd:11.0f}×",
-            f"  relative error           {row.relative_error:12.1e}   (SVD in float32: {row.reference_error:.1e})",
-        ]
+        lines += [f"  {name:28}{figure:>12}   {note}".rstrip() for name, figure, note in figures if figure]
     return "\n".join(lines)
 
 
@@ -247,9 +312,9 @@ class _Clock:
         turn = self._turns[-1]
         turn[name] = turn.get(name, 0.0) + time.perf_counter() - began
 
-    def median(self, name: str) -> float:
-        """Over all turns but the first."""
-        return statistics.median(turn[name] for turn in self._turns[1:])
+    def median(self, name: str, repeats: int) -> float:
+        """Over the counted turns, which come after the first."""
+        return statistics.median(turn[name] for turn in self._turns[1 : 1 + repeats])
 
     def once(self, action: Callable[[], Any]) -> float:
         self.turn()
@@ -274,28 +339,36 @@ class _Selection:
             scale=self.config.projection_scale,
             seed=self.config.seed,
         )
-        self.scorer = CandidateScorer(self.projection, length_norm=self.config.length_norm)
+        self.forget()
         self._alpha = self.config.resolved_alpha(vocab_size)
         self._memory = EmbeddingBuffer.empty(self.config.buffer_size, self.config.embedding_dim, device=device)
         generator = torch.Generator().manual_seed(0)
         self._memory.push(torch.randn(self.config.buffer_size, self.config.embedding_dim, generator=generator))
 
-    def choose(self, scored: Sequence[CandidateScores]) -> Tensor:
-        """Distance to the memory, combined score and top-k of all candidates; their intra."""
-        intra = torch.cat([part.intra for part in scored])
-        inter = self._memory.mean_distance(torch.cat([part.embeddings for part in scored]))
-        top_k(methods.uds(intra, inter, self._alpha), self.config.kept(len(intra)))
-        return intra
+    def forget(self) -> None:
+        """Drops what is kept of the head."""
+        self.scorer = CandidateScorer(self.projection, length_norm=self.config.length_norm)
+
+    def choose(self, intra: Tensor, embeddings: Tensor) -> list[int]:
+        """Distance to the memory, combined score and top-k of all candidates: the kept one's place."""
+        inter = self._memory.mean_distance(embeddings)
+        return top_k(methods.uds(intra, inter, self._alpha), 1).tolist()
 
 
-def _reference(hidden: list[Tensor], head: LMHead, dtype: torch.dtype = torch.float32) -> Tensor:
+def _reference(hidden: Sequence[Tensor], head: LMHead, dtype: torch.dtype = torch.float32) -> Tensor:
     """The definition, one candidate after the other: (B,)."""
     weight = head.weight.to(dtype)
-    return torch.stack([nuclear_norm_svd(states.to(dtype) @ weight.T) for states in hidden])
+    norms = []
+    for states in hidden:
+        logits = states.to(dtype) @ weight.T
+        if head.softcap is not None:
+            logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        norms.append(nuclear_norm_svd(logits))
+    return torch.stack(norms)
 
 
-def _errors(intra: Tensor, hidden: list[Tensor], head: LMHead) -> dict[str, float]:
-    exact = _reference(hidden, head, torch.float64)
+def _errors(intra: Tensor, hidden: Sequence[Tensor], head: LMHead) -> dict[str, Any]:
+    exact = _exact_norms(hidden, head)
     naive = _reference(hidden, head)
     return {
         "relative_error": float(((intra.double() - exact).abs() / exact).max()),
@@ -303,66 +376,170 @@ def _errors(intra: Tensor, hidden: list[Tensor], head: LMHead) -> dict[str, floa
     }
 
 
-@torch.no_grad()
-def _time_model(model: Any, tokens: list[Tensor], *, name: str, repeats: int, device: torch.device) -> Row:
-    from composer.models import HuggingFaceModel
+def _exact_norms(hidden: Sequence[Tensor], head: LMHead) -> Tensor:
+    """The definition in float64. Of wide logits, the singular values of their triangular factor, slice by slice: no N×V, no squares."""
+    norms = []
+    for states in hidden:
+        triangle = states.new_zeros(0, states.shape[0], dtype=torch.float64)
+        for start in range(0, head.vocab_size, 16_384):
+            part = states.double() @ head.weight[start : start + 16_384].double().T
+            if head.softcap is not None:
+                part = head.softcap * torch.tanh(part / head.softcap)
+            triangle = torch.linalg.qr(torch.cat([triangle, part.T]), mode="r").R
+        norms.append(nuclear_norm_svd(triangle))
+    return torch.stack(norms)
 
-    from udsstream.mosaicml.batch import check_candidates, real_tokens, scoring_microbatches
-    from udsstream.mosaicml.trunk import ModelParts, choose_form, neutral
 
-    composer_model = HuggingFaceModel(model.requires_grad_(False).to(device), use_logits=True).train()
-    parts = ModelParts(composer_model)
-    batch = _collated(tokens)
-    selection = _Selection(parts.vocab_size, device)
-    with neutral(composer_model):
-        form = choose_form(parts, {key: value.to(device) for key, value in _collated(tokens[:1]).items()})
-    if form.form != "hidden_space" or parts.head(form).bias is not None or form.scale != 1:
-        raise ConfigError(
-            f"model: the head of {name} is not a plain matrix ({form}); only such a head is compared here"
-        )
+def _peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
+    """The most that tensors made by `action` take at any time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what other threads allocate is not recorded
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            action()
+    finally:
+        torch.set_num_threads(threads)
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
-    clock = _Clock(device)
-    head = parts.head(form)
-    factoring = clock.once(lambda: factor_head(head, selection.projection))
-    hidden: list[Tensor] = []
-    intra = torch.empty(0)
-    for _ in range(1 + repeats):
-        clock.turn()
-        hidden = []
-        scored: list[CandidateScores] = []
+
+class _Case:
+    """A model in training and a batch of candidates: the parts of a step, each to be timed."""
+
+    def __init__(self, model: Any, tokens: list[Tensor], *, name: str, device: torch.device) -> None:
+        from composer.models import HuggingFaceModel
+        from peft import LoraConfig, get_peft_model
+
+        from udsstream.mosaicml.trunk import ModelParts, choose_form, neutral
+
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted: Any = get_peft_model(model, lora)
+        self.model = HuggingFaceModel(adapted, use_logits=True).to(device).train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
+        self.parts = ModelParts(self.model)
+        self.batch = _collated(tokens)
+        self.device = device
+        self.selection = _Selection(self.parts.vocab_size, device)
+        with neutral(self.model):
+            self.form = choose_form(self.parts, self.on_device(_collated(tokens[:1])))
+        self.head = self.parts.head(self.form)
+        if self.form.form != "hidden_space" or self.head.bias is not None or self.form.scale != 1:
+            raise ConfigError(
+                f"model: the head of {name} is not a plain matrix ({self.form}); only such a head is compared here"
+            )
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def select(self, clock: _Clock) -> tuple[list[int], Tensor, list[Tensor]]:
+        """What selection does with the batch: the kept rows, and intra and hidden states of all."""
+        from udsstream.mosaicml.batch import check_candidates, real_tokens, scoring_microbatches
+        from udsstream.mosaicml.trunk import neutral
+
+        hidden: list[Tensor] = [torch.empty(0)] * len(self.batch["sample_id"])
+        scored: list[tuple[list[int], CandidateScores]] = []
         with contextlib.ExitStack() as stack:
             with clock.part("scoring"):
-                mask = real_tokens(batch)
-                ids = batch["sample_id"].tolist()
-                lengths = check_candidates(batch, mask, ids, selection.config.max_seq_len)
-                packings = list(scoring_microbatches(batch, mask, lengths, selection.config.score_microbatch_tokens))
-                stack.enter_context(neutral(composer_model))
+                mask = real_tokens(self.batch)
+                ids = self.batch["sample_id"].tolist()
+                config = self.selection.config
+                lengths = check_candidates(self.batch, mask, ids, config.max_seq_len)
+                packings = list(scoring_microbatches(self.batch, mask, lengths, config.score_microbatch_tokens))
+                stack.enter_context(neutral(self.model))
             for rows, packed in packings:
-                on_device = {key: value.to(device) for key, value in packed.items()}
+                packed = self.on_device(packed)
                 with clock.part("trunk"):
-                    states = parts.hidden_states(on_device)
-                with clock.part("scoring"):
+                    states = self.parts.hidden_states(packed)
+                with clock.part("scoring"), clock.part("scores"):
                     unpadded = [states[place, : lengths[row]] for place, row in enumerate(rows)]
-                    scored.append(
-                        selection.scorer.score_hidden(unpadded, parts.head(form), version=parts.head_version())
-                    )
-                hidden += unpadded
+                    version = self.parts.head_version()
+                    scored.append((rows, self.selection.scorer.score_hidden(unpadded, self.head, version=version)))
+                for place, row in enumerate(rows):
+                    hidden[row] = unpadded[place]
             with clock.part("scoring"):
-                intra = selection.choose(scored)
+                order = torch.tensor([row for rows, _ in scored for row in rows]).argsort()
+                intra = torch.cat([part.intra for _, part in scored])[order]
+                embeddings = torch.cat([part.embeddings for _, part in scored])[order]
+                kept = self.selection.choose(intra, embeddings)
                 stack.close()
-        with clock.part("reference"):
-            _reference(hidden, head)
+        return kept, intra, hidden
+
+    def train(self, rows: list[int] | None = None) -> None:
+        """A training step on the rows, cut to the longest of them, or on the whole batch."""
+        from udsstream.mosaicml.batch import take_rows, trim_padding
+
+        batch = self.on_device(self.batch if rows is None else trim_padding(take_rows(self.batch, rows)))
+        self.model.loss(self.model(batch), batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _time_model(model: Any, tokens: list[Tensor], *, name: str, repeats: int, device: torch.device) -> Row:
+    case = _Case(model, tokens, name=name, device=device)
+    clock = _Clock(device)
+    with torch.no_grad():
+        factoring = clock.once(lambda: factor_head(case.head, case.selection.projection))
+    intra, hidden = torch.empty(0), [torch.empty(0)]
+    for _ in range(1 + repeats):
+        clock.turn()
+        with clock.part("selecting step"):
+            kept, intra, hidden = case.select(clock)
+            with clock.part("kept step"):
+                case.train(kept)
+        with clock.part("full step"):
+            case.train()
+        with clock.part("reference"), torch.no_grad():
+            _reference(hidden, case.head)
+    clock.turn()
+    trunk = _peak_bytes(lambda: _trunk_alone(case), device)
+    case.selection.forget()
+    selecting = _peak_bytes(lambda: case.select(clock), device)
     return Row(
         name=name,
-        vocab_size=head.vocab_size,
-        width=head.weight.shape[1],
+        vocab_size=case.head.vocab_size,
+        width=case.head.weight.shape[1],
         lengths=[len(each) for each in tokens],
-        trunk=clock.median("trunk"),
-        scoring=clock.median("scoring"),
-        reference=clock.median("reference"),
+        form="hidden space",
+        trunk=clock.median("trunk", repeats),
+        trunk_layers=None,
+        scores=clock.median("scores", repeats),
+        scoring=clock.median("scoring", repeats),
+        reference=clock.median("reference", repeats),
         factoring=factoring,
-        **_errors(intra, hidden, head),
+        full_step=clock.median("full step", repeats),
+        selecting_step=clock.median("selecting step", repeats),
+        kept_step=clock.median("kept step", repeats),
+        memory_over_trunk=max(0, selecting - trunk),
+        **_head_memory(hidden, case.head, case.selection, device),
+        **_errors(intra, hidden, case.head),
     )
+
+
+@torch.no_grad()
+def _trunk_alone(case: _Case) -> None:
+    from udsstream.mosaicml.trunk import neutral
+
+    with neutral(case.model):
+        case.parts.hidden_states(case.on_device(case.batch))
+
+
+@torch.no_grad()
+def _head_memory(hidden: Sequence[Tensor], head: LMHead, selection: _Selection, device: torch.device) -> dict[str, Any]:
+    selection.forget()
+    scoring = _peak_bytes(lambda: selection.scorer.score_hidden(hidden, head, version="frozen"), device)
+    return {"scoring_memory": scoring, "reference_memory": _peak_bytes(lambda: _reference(hidden, head), device)}
 
 
 @torch.no_grad()
@@ -370,13 +547,22 @@ def _time_head(shape: HeadShape, *, repeats: int, device: torch.device) -> Row:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape.vocab_size, shape.width, generator=generator).mul_(shape.width**-0.5).to(device)
     hidden = [torch.randn(shape.tokens, shape.width, generator=generator).to(device) for _ in range(shape.candidates)]
-    head, selection, clock = LMHead(weight=weight), _Selection(shape.vocab_size, device), _Clock(device)
+    head = LMHead(weight=weight, softcap=shape.softcap)
+    selection, clock = _Selection(shape.vocab_size, device), _Clock(device)
+    layer = _one_layer(shape, device) if shape.layers else None
+    ids = torch.zeros(shape.candidates, shape.tokens, dtype=torch.int64, device=device)
     factoring = clock.once(lambda: selection.scorer.score_hidden(hidden, head, version="frozen"))
     intra = torch.empty(0)
     for _ in range(1 + repeats):
         clock.turn()
+        if layer is not None:
+            with clock.part("trunk"):
+                layer(ids)
         with clock.part("scoring"):
-            intra = selection.choose([selection.scorer.score_hidden(hidden, head, version="frozen")])
+            with clock.part("scores"):
+                found = selection.scorer.score_hidden(hidden, head, version="frozen")
+            intra = found.intra
+            selection.choose(intra, found.embeddings)
         with clock.part("reference"):
             _reference(hidden, head)
     return Row(
@@ -384,12 +570,29 @@ def _time_head(shape: HeadShape, *, repeats: int, device: torch.device) -> Row:
         vocab_size=shape.vocab_size,
         width=shape.width,
         lengths=[shape.tokens] * shape.candidates,
-        trunk=None,
-        scoring=clock.median("scoring"),
-        reference=clock.median("reference"),
-        factoring=factoring,
+        form="hidden space" if head.is_linear else "vocabulary slices",
+        trunk=shape.layers * clock.median("trunk", repeats) if shape.layers else None,
+        trunk_layers=shape.layers or None,
+        scores=clock.median("scores", repeats),
+        scoring=clock.median("scoring", repeats),
+        reference=clock.median("reference", repeats),
+        factoring=factoring if head.is_linear else 0.0,
+        full_step=None,
+        selecting_step=None,
+        kept_step=None,
+        memory_over_trunk=None,
+        **_head_memory(hidden, head, selection, device),
         **_errors(intra, hidden, head),
     )
+
+
+def _one_layer(shape: HeadShape, device: torch.device) -> Any:
+    """A trunk of one layer, with a vocabulary that costs nothing."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(vocab_size=8, hidden_size=shape.width, num_hidden_layers=1, use_cache=False, **shape.layer)
+    model: Any = LlamaModel(config)
+    return model.to(device).eval()
 
 
 def _collated(tokens: list[Tensor]) -> dict[str, Tensor]:
@@ -398,13 +601,29 @@ def _collated(tokens: list[Tensor]) -> dict[str, Tensor]:
     batch = {
         "input_ids": torch.zeros(len(tokens), longest, dtype=torch.int64),
         "attention_mask": torch.zeros(len(tokens), longest, dtype=torch.int64),
+        "labels": torch.full((len(tokens), longest), -100),
         "sample_id": torch.arange(len(tokens)),
     }
     for row, each in enumerate(tokens):
+        batch["labels"][row, : len(each)] = each
         batch["input_ids"][row, : len(each)] = each
         batch["attention_mask"][row, : len(each)] = 1
     return batch
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:10.2f} s" if seconds >= 1 else f"{1000 * seconds:9.1f} ms"
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f} MB"

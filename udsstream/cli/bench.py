@@ -20,7 +20,10 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(help="Counted turns; the medians are reported.")] = 5,
     shapes: Annotated[
-        bool, typer.Option("--shapes", help="Also time random heads of larger models (8 GB, minutes).")
+        bool,
+        typer.Option(
+            "--shapes", help="Also time heads of larger models, with random weights (12 GB, a quarter of an hour)."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -142,26 +142,59 @@ def factor_head(head: LMHead, projection: BilinearProjection) -> HeadFactors:
     the diagonal are formed. R is its Cholesky factor; when W has not full column rank, the square root from its eigenvalues
     instead; and W itself when V ≤ D'. Waits for the device once.
     """
-    width, device = head.width, head.weight.device
-    dtype = choose_dtype(device)
-    edges = _edges(width)
-    gram = torch.zeros(width, width, dtype=dtype, device=device)
-    projected = torch.zeros(projection.vocabulary.d, width, dtype=dtype, device=device)
-    whole = head.vocab_size <= width
+    sample = _sampled_rows(head).clone()
+    dtype = choose_dtype(head.weight.device)
     with exact_float32():
-        for first, rows in head.augmented_slices():
-            projected += projection.vocabulary.columns(first, first + rows.shape[0]).to(device) @ rows
-            if whole:
-                continue
-            exact = rows.to(dtype)
-            for start, stop in edges:
-                gram[start:, start:stop].addmm_(exact[:, start:].T, exact[:, start:stop])
-        if whole:
-            root = torch.cat([rows for _, rows in head.augmented_slices()])
-            return HeadFactors(blocks=((0, root.T),), projected=projected.float(), sample=_sampled_rows(head).clone())
-    return HeadFactors(
-        blocks=_root_blocks(gram, edges), projected=projected.float(), sample=_sampled_rows(head).clone()
-    )
+        if head.vocab_size <= head.width:
+            rows = torch.cat([rows for _, rows in head.augmented_slices()])
+            return HeadFactors(blocks=((0, rows.T),), projected=_project_head(head, projection), sample=sample)
+        edges = _edges(head.width)
+        strips = _gram_strips(head, edges, dtype)
+        singular = _factor_in_place(strips, edges)
+        if not bool(singular):
+            blocks = tuple((start, strip.float()) for (start, _), strip in zip(edges, strips, strict=True))
+        else:
+            del strips
+            [gram] = _gram_strips(head, [(0, head.width)], dtype)
+            eigenvalues, vectors = torch.linalg.eigh(gram)
+            blocks = ((0, (vectors * eigenvalues.clamp_min(0).sqrt()).float()),)
+        return HeadFactors(blocks=blocks, projected=_project_head(head, projection), sample=sample)
+
+
+def _project_head(head: LMHead, projection: BilinearProjection) -> Tensor:
+    """P = Γ1 [W b], (d1, D') float32."""
+    projected = torch.zeros(projection.vocabulary.d, head.width, device=head.weight.device)
+    for start, rows in head.augmented_slices():
+        projected.addmm_(projection.vocabulary.columns(start, start + rows.shape[0]).to(rows.device), rows)
+    return projected
+
+
+def _gram_strips(head: LMHead, edges: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    """Columns start:stop of [W b]ᵀ[W b] from row `start` on, for each of the edges."""
+    width, device = head.width, head.weight.device
+    strips = [torch.zeros(width - start, stop - start, dtype=dtype, device=device) for start, stop in edges]
+    for _, rows in head.augmented_slices():
+        exact = rows.to(dtype)
+        for (start, stop), strip in zip(edges, strips, strict=True):
+            strip.addmm_(exact[:, start:].T, exact[:, start:stop])
+        del exact  # before the next slice is made
+    return strips
+
+
+def _factor_in_place(strips: list[Tensor], edges: list[tuple[int, int]]) -> Tensor:
+    """Strips of a matrix → strips of its lower Cholesky factor, one after the other, so that no second matrix is needed.
+
+    Returns, on the device, whether it has none; what the strips hold then is of no use.
+    """
+    failed = torch.zeros((), dtype=torch.bool, device=strips[0].device)
+    for place, ((start, stop), strip) in enumerate(zip(edges, strips, strict=True)):
+        for (earlier, _), done in zip(edges[:place], strips[:place], strict=True):
+            strip.addmm_(done[start - earlier :], done[start - earlier : stop - earlier].T, alpha=-1)
+        diagonal, below = strip.split([stop - start, strip.shape[0] - (stop - start)])
+        lower, info = torch.linalg.cholesky_ex(diagonal)
+        failed = failed | (info != 0)
+        strips[place] = torch.cat([lower, torch.linalg.solve_triangular(lower.T, below, upper=True, left=False)])
+    return failed
 
 
 def _sampled_rows(head: LMHead) -> Tensor:
