@@ -243,14 +243,18 @@ def polar_coefficients(smallest: float) -> list[tuple[float, float, float]]:
     """(a, b, c) of the polynomials a·x + b·x³ + c·x⁵ which, one after the other, take [smallest, 1] to within 1e-6 of 1.
 
     Each is the best one for the interval that those before it leave: the greedy composition that is optimal among all compositions
-    (Polar Express, arXiv 2505.16932).
+    (Polar Express, arXiv 2505.16932). While errors are large the polynomials are steep at the interval's upper end, and what rounding
+    lifts above it would multiply from one to the next: so the interval is taken larger by 1/200 each time.
     """
-    low, high, found = smallest, 1.0001, []  # rounding may lift a 1, and the first polynomials are steep there
+    low, high, found = smallest, _MARGIN, []
     while not found or high - low > 2e-6:
         coefficients, error = _best_odd_quintic(low, high)
         found.append(coefficients)
-        low, high = 1 - error, 1 + error
+        low, high = 1 - error, (1 + error) * (_MARGIN if error > 0.05 else 1)
     return found
+
+
+_MARGIN = 1.005
 
 
 def _best_odd_quintic(low: float, high: float) -> tuple[tuple[float, float, float], float]:
