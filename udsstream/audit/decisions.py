@@ -240,15 +240,21 @@ def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger) -> N
     """The kept are the k largest scores, ties to the smaller position; where nothing was scored, all are kept."""
     group = rows.group_of
     counts = rows.counts
-    sizes, size_of = np.unique(counts, return_inverse=True)
-    k = np.array([config.kept(int(size)) for size in sizes], np.int64)[size_of]
+    share = _ranks_of_steps(rows)
+    sizes, size_of = np.unique(np.stack([counts, share]), axis=1, return_inverse=True)
+    k = np.array([config.kept(int(size), int(ranks)) for size, ranks in sizes.T], np.int64)[size_of.reshape(-1)]
     judged = ~rows.any_in(~rows["has_score"]) & ~rows.any_in(~np.isfinite(rows["score"]))
     score = rows["score"].astype(np.float64)
-    best = np.lexsort((rows["position"], -score, group))  # the groups stay where they are
+    # Where each rank chooses among its own candidates, it is their places that count.
+    chooser = group if config.scope == "global" else group * (int(rows["rank"].max(initial=0)) + 1) + rows["rank"]
+    best = np.lexsort((rows["position"], -score, chooser))
+    ordered = chooser[best]
+    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
     place = np.empty(len(rows), np.int64)
-    place[best] = np.arange(len(rows)) - rows.starts[group]
+    place[best] = np.arange(len(rows)) - np.repeat(begins, np.diff(np.append(begins, len(rows))))
     selected = rows["selected"]
-    expected = np.where(judged[group], place < k[group], True)
+    due = k if config.scope == "global" else k // share
+    expected = np.where(judged[group], place < due[group], True)
     skipped = rows.any_in(rows["has_score"]) & ~judged  # partly scored, or not finite: found as such
     wrong = np.flatnonzero(rows.any_in(selected != expected) & ~skipped)
 
@@ -284,6 +290,12 @@ def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger) -> N
         f"top-k: the kept of {int(judged.sum()):,} scored steps against the largest scores, ties to the smaller position; those of "
         f"{int((~judged & ~skipped).sum()):,} others against all candidates"
     )
+
+
+def _ranks_of_steps(rows: Decisions) -> np.ndarray:
+    """(G,) how many ranks brought the candidates of each step."""
+    pairs = np.unique(np.stack([rows.group_of, rows["rank"].astype(np.int64)]), axis=1)
+    return np.bincount(pairs[0], minlength=len(rows.starts))
 
 
 # -- when selection was on -----------------------------------------------------------------------------------------------
