@@ -189,7 +189,7 @@ class NumpyRun:
                 score = (intra.astype(np.float64) + alpha * inter.astype(np.float64)).astype(np.float32)
                 out |= {"intra": intra, "inter": inter}
             out["score"] = score
-            kept = rechoose(out, self.config)
+            kept = rechoose(out, self.config, self.world_size)
         choose(out, kept)
         return out, kept, embeddings
 
@@ -281,10 +281,10 @@ def finished(root: Path, *, steps: int = 25, interrupted: bool = False, **settin
     return run.steps(12, 20).checkpoint(20).steps(20, steps).close()
 
 
-def rechoose(columns: dict[str, Any], config: SelectionConfig) -> np.ndarray:
+def rechoose(columns: dict[str, Any], config: SelectionConfig, ranks: int = 1) -> np.ndarray:
     """Puts the choice that the scores in `columns` give; the places of the kept."""
     score = columns["score"].astype(np.float64)
-    return choose(columns, np.sort(np.argsort(-score, kind="stable")[: config.kept(len(score))]))
+    return choose(columns, np.sort(np.argsort(-score, kind="stable")[: config.kept(len(score), ranks)]))
 
 
 def choose(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from streaming import MDSWriter, Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
 from udsstream.errors import DataError, ShardError
-from udsstream.mosaicml.dataset import UDSStreamingDataset, locate, stream_identities, verify_shards
+from udsstream.mosaicml.dataset import UDSStreamingDataset, canonical_nodes, locate, stream_identities, verify_shards
 
 COLUMNS = {"text": "str", "stream": "int", "shard": "int", "index": "int"}
 
@@ -358,6 +358,16 @@ def test_a_stream_that_is_repeated_says_how_often_it_is_drawn_from(folders):
     ]
     dataset = UDSStreamingDataset(streams=streams, batch_size=1)
     assert [(stream.samples, stream.per_epoch) for stream in stream_identities(dataset)] == [(23, 46), (7, 7), (30, 15)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"shuffle_algo": "py2s"}, {"shuffle_algo": "py1e"}, {"num_canonical_nodes": 4}]
+)
+def test_the_parts_of_an_epoch_are_known_before_it_begins(folders, settings):
+    dataset = open_streams(folders, shuffle=True, **settings)
+    foretold = canonical_nodes(dataset)
+    next(iter(dataset))
+    assert dataset.num_canonical_nodes == canonical_nodes(dataset) == foretold
 
 
 def test_streams_of_one_name_are_told_apart_by_their_place(tmp_path):

@@ -20,6 +20,7 @@ from streaming.base.partition import get_partitions
 from tiny import TinyRun, write_stream
 
 from udsstream import OnlineBatchSelection, ReplaySelection, SelectionConfig, SelectionLog, UDSStreamingDataset
+from udsstream.audit.run import audit
 from udsstream.errors import DataError
 from udsstream.mosaicml.batch import join_rows, split_rows, take_rows, trim_padding
 from udsstream.mosaicml.ranks import CanonicalOrder, canonical_order, moves
@@ -219,6 +220,21 @@ def test_one_memory_whose_pushes_are_shared_out(alone, processes, tmp_path):
     ours, theirs = (np.stack(table["embedding"].to_pylist()) for table in (pushes, reference))
     np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-2 * np.abs(theirs).max())
     assert log.buffer_at(20).pushed == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "then", "scope"), [(2, 2, "global"), (2, 1, "global"), (2, 2, "rank")])
+def test_an_audit_finds_nothing_in_a_log_of_several_ranks(processes, tmp_path, ranks, then, scope):
+    """With incomplete batches at the ends of epochs, and with another number of ranks half-way."""
+    settings = SETTINGS | {"selection": {"keep": 4, "embeddings": "full", "scope": scope}, "duration": "14ba"}
+    stream = str(write_stream(tmp_path / "stream", samples=83))
+    run = TinyRun(streams=(stream,), folder=str(tmp_path), save_interval="7ba", autoresume=True, **settings)
+    assert run_on(processes, ranks, run) == [0] * ranks
+    assert run_on(processes, then, dataclasses.replace(run, duration="28ba")) == [0] * then
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*ba28-rank0.pt")
+    report = audit(tmp_path / "log", data=True, checkpoint=checkpoint)
+    assert report.findings == ()
+    assert (report.steps, report.anchored) == (28, True)
 
 
 @pytest.mark.slow

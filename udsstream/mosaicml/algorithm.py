@@ -37,7 +37,7 @@ from udsstream.config import (
     config_difference,
 )
 from udsstream.errors import ConfigError, ResumeError
-from udsstream.mosaicml.dataset import StreamIdentity, stream_identities, streaming_dataset_of
+from udsstream.mosaicml.dataset import StreamIdentity, canonical_nodes, stream_identities, streaming_dataset_of
 from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, kept_batch
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
@@ -483,8 +483,10 @@ class _ClosesWithTrainer(Callback):
 def _loader_facts(state: State) -> dict[str, Any]:
     """What run.json says of the data loader; None where Composer cannot tell."""
     batch_size = getattr(state.train_dataloader, "batch_size", None)
+    dataset = streaming_dataset_of(state.train_dataloader)
     return {
         "batch_size": batch_size if isinstance(batch_size, int) else None,
+        "canonical_nodes": None if dataset is None else canonical_nodes(dataset),
         "batches_per_epoch": None if state.dataloader_len is None else int(state.dataloader_len),
         "max_duration": None if state.max_duration is None else state.max_duration.to_timestring(),
     }

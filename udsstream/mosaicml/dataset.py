@@ -31,6 +31,7 @@ __all__ = [
     "SampleLocation",
     "StreamIdentity",
     "UDSStreamingDataset",
+    "canonical_nodes",
     "locate",
     "stream_identities",
     "streaming_dataset_of",
@@ -221,6 +222,18 @@ def streaming_dataset_of(loader: object) -> StreamingDataset | None:
     """The StreamingDataset behind a data loader; None when it reads from something else."""
     dataset = getattr(loader, "dataset", None)
     return dataset if isinstance(dataset, StreamingDataset) else None
+
+
+def canonical_nodes(dataset: StreamingDataset) -> int:
+    """Into how many parts each epoch is cut, before or after its first one began.
+
+    Streaming fills `num_canonical_nodes` in only as an epoch begins (`dataset.py`, `_resume`): for the shuffles within shard parts 64 a
+    node, else one a node. An epoch of C parts may repeat up to C - 1 samples and leave as many out.
+    """
+    if dataset.num_canonical_nodes is not None:
+        return int(dataset.num_canonical_nodes)
+    nodes = dist.get_world_size() // dist.get_local_world_size()
+    return nodes * (64 if dataset.shuffle_algo in ("py1s", "py2s") else 1)
 
 
 def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
