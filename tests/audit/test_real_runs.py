@@ -70,7 +70,7 @@ def test_a_real_run_is_intact_data_and_checkpoint_included(full: TinyRun) -> Non
     assert "after 48 of 48 pushes" in text
     assert "48 of 48 kept candidates' against the distance" in text
     assert "coverage: 2 finished epochs of 2 streams" in text
-    assert "stream 1 (two), its index and" in text
+    assert "2 of 2 streams, their indexes and the" in text
     assert not any("shard files" in note for note in report.unchecked)
 
 

@@ -58,7 +58,7 @@ def check_data(rows: Decisions, facts: RunFacts, streams: Mapping[str, str], led
     known = [stream.name for stream in facts.streams]
     if unknown := sorted(set(streams) - set(known)):
         raise ConfigError(f"--stream {unknown[0]}: run.json names no such stream; it has {', '.join(known)}")
-    first = 0
+    first, looked_at, files = 0, 0, 0
     for number, stream in enumerate(facts.streams):
         mine = np.flatnonzero((rows["sample_id"] >= first) & (rows["sample_id"] < first + stream.samples))
         location = streams.get(stream.name, stream.location)
@@ -67,13 +67,20 @@ def check_data(rows: Decisions, facts: RunFacts, streams: Mapping[str, str], led
                 f"the data of stream {stream.name}: it is at {location}; give a local copy with --stream {stream.name}=PATH"
             )
         else:
-            _check_stream(rows, mine, number, first, stream, Path(location), ledger)
+            files += _check_stream(rows, mine, number, first, stream, Path(location), ledger)
+            looked_at += 1
         first += stream.samples
+    if looked_at:
+        ledger.check(
+            f"data-index, data-shards, data-samples: {looked_at:,} of {len(facts.streams):,} streams, their indexes and the {files:,} "
+            "shard files that samples were offered from"
+        )
 
 
 def _check_stream(
     rows: Decisions, mine: np.ndarray, number: int, first: int, stream: StreamFacts, folder: Path, ledger: Ledger
-) -> None:
+) -> int:
+    """How many shard files were looked at."""
     where = f"stream {number} ({stream.name})"
     index = folder / "index.json"
     try:
@@ -82,7 +89,7 @@ def _check_stream(
         hint = f"its data moved? give --stream {stream.name}=PATH"
         message = f"{where}: {index} cannot be read ({error.strerror or error}); {hint}"
         ledger.find(Finding(check="data-index", message=message))
-        return
+        return 0
     found = hashlib.sha256(data).hexdigest()
     if found != stream.index_sha256:
         message = (
@@ -94,9 +101,9 @@ def _check_stream(
         shards = _parse(data)
     except DataError as error:
         ledger.find(Finding(check="data-index", message=f"{where}: {index}: {error}"))
-        return
+        return 0
     _check_samples(rows, mine, first, stream, where, shards, ledger)
-    _check_shards(rows, mine, first, where, folder, shards, ledger)
+    return _check_shards(rows, mine, first, where, folder, shards, ledger)
 
 
 def _parse(data: bytes) -> list[_Shard]:
@@ -182,8 +189,8 @@ def _check_samples(
 
 def _check_shards(
     rows: Decisions, mine: np.ndarray, first: int, where: str, folder: Path, shards: list[_Shard], ledger: Ledger
-) -> None:
-    """The files of all shards that a sample was offered from."""
+) -> int:
+    """The files of all shards that a sample was offered from; how many these are."""
     ends = np.cumsum([shard.samples for shard in shards]) if shards else np.zeros(1, np.int64)
     of_row = np.searchsorted(ends, rows["sample_id"][mine] - first, side="right")
     used, first_use, uses = np.unique(of_row, return_index=True, return_counts=True)
@@ -210,9 +217,7 @@ def _check_shards(
         ledger.skip(
             f"the content of {unhashed} shard files of {where}: no digest that could be computed here is recorded for them, only sizes"
         )
-    ledger.check(
-        f"data-index, data-shards, data-samples: {where}, its index and the {checked} shard files that samples were offered from"
-    )
+    return checked
 
 
 def _check_file(folder: Path, raw: _ShardFile, zipped: _ShardFile | None, ledger: Ledger) -> tuple[str | None, bool]:
