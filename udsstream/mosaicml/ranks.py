@@ -41,6 +41,7 @@ __all__ = [
     "gather_embeddings",
     "kept_batch",
     "moves",
+    "shares",
 ]
 
 
@@ -173,6 +174,14 @@ def moves(order: CanonicalOrder, kept: Sequence[int], ranks: int) -> list[Move]:
     ]
 
 
+def shares(order: CanonicalOrder, kept: Sequence[int], ranks: int) -> list[list[int]]:
+    """The kept places that each rank trains on once the moves are done, ascending."""
+    trained = {place: int(order.rank[place]) for place in kept} | {
+        move.place: move.target for move in moves(order, kept, ranks)
+    }
+    return [sorted(place for place, rank in trained.items() if rank == here) for here in range(ranks)]
+
+
 def exchange(
     rows: Mapping[int, Mapping[str, Any]], planned: Sequence[Move], *, device: torch.device
 ) -> dict[int, dict[str, Any]]:
@@ -209,8 +218,7 @@ def kept_batch(
     rows = dict(zip(own, split_rows(batch, order.row[own].tolist()), strict=True))
     on = torch.device("cpu") if device.dist_backend == "gloo" else torch_device(device)
     received = exchange(rows, planned, device=on)
-    sent = {move.place for move in planned if move.source == here}
-    share = sorted((rows.keys() - sent) | received.keys())
+    share = shares(order, kept, ranks)[here]
     return join_rows([(received.get(place) or rows[place]) for place in share], batch)
 
 

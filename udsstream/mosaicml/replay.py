@@ -8,7 +8,10 @@ bit for bit: scoring drew no random number, both runs make one data loader itera
 became after it was cut. With anything else changed it is a re-use of the data; what is known to differ is in `differences`.
 
 Counting: Composer counts the samples and tokens of the *kept* rows here, and of the candidates in the original; so durations and schedules
-must be in batches or epochs. What is not here: several ranks.
+must be in batches or epochs.
+
+Several ranks: as many as trained then read, each, what they trained on then, and equal weights are expected. Any other number reads the
+same data in the same order, in equal shares.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from torch.utils.data import DataLoader
 from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError, ReplayError
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
-from udsstream.mosaicml.batch import real_tokens, sample_ids_of, take_rows, trim_padding
+from udsstream.mosaicml.batch import real_tokens, sample_ids_of, trim_padding
 from udsstream.mosaicml.checkpoint import read_checkpoint, selection_state
 from udsstream.mosaicml.dataset import stream_identities
+from udsstream.mosaicml.ranks import kept_batch
 from udsstream.mosaicml.replay_check import Tally, compare
 from udsstream.mosaicml.replay_data import LoggedDecisions, LoggedSamples, LoggedStep, LoggedSteps
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
@@ -95,7 +99,9 @@ class ReplaySelection(Algorithm):
                     "choose the checkpoint of that step, or leave the first step out"
                 )
             first = self._original["step"]
-        self.decisions = LoggedDecisions(self.log, first=first, stop=stop, candidates=verify)
+        self.decisions = LoggedDecisions(
+            self.log, first=first, stop=stop, candidates=verify, ranks=dist.get_world_size()
+        )
         self._verify_shards = verify_shards
         self._module_names = {"trunk": trunk, "head": head}
         self._warm_start = Path(warm_start) if warm_start is not None else None
@@ -138,7 +144,9 @@ class ReplaySelection(Algorithm):
         recorded = self.log.run.get("streams", [])
         check_streams([[stream["name"], stream["index_sha256"]] for stream in recorded], stream_identities(dataset))
         candidates = self._candidates_per_step()
-        self._steps = LoggedSteps(self.decisions, batches_per_epoch=self._batches_per_epoch(candidates))
+        self._steps = LoggedSteps(
+            self.decisions, rank=dist.get_global_rank(), batches_per_epoch=self._batches_per_epoch(candidates)
+        )
         self._samples = LoggedSamples(dataset, verify_shards=self._verify_shards)
         if self._verify_shards and (unhashed := self._samples.unhashed_streams()):
             log.warning(
@@ -201,10 +209,6 @@ class ReplaySelection(Algorithm):
 
     def _on_init(self, state: State, logger: Logger) -> None:
         del logger
-        if dist.get_world_size() > 1:
-            raise ConfigError(
-                f"replay over several ranks is not supported yet: the world size is {dist.get_world_size()}, but must be 1"
-            )
         others = [
             type(a).__name__
             for a in state.algorithms
@@ -258,17 +262,20 @@ class ReplaySelection(Algorithm):
     def _on_batch(self, state: State, logger: Logger) -> None:
         self._restore_rng(state, logger)
         logged = self.decisions[state.timestamp.batch.value + self.offset]
-        if (found := sample_ids_of(state.batch)) != logged.sample_ids:
+        mine = logged.rows_of(dist.get_global_rank())
+        expected = [logged.sample_ids[place] for place in mine]
+        if (found := sample_ids_of(state.batch)) != expected:
             raise ReplayError(
-                f"step {logged.step}: the batch holds the samples {found}, but the log names {logged.sample_ids}, in this order; the "
+                f"step {logged.step}: the batch holds the samples {found}, but the log names {expected}, in this order; the "
                 "collator must keep the order and the number of its samples"
             )
-        self._check_lengths(state, logged)
+        self._check_lengths(state, logged, mine)
         metrics: dict[str, float] = {"replay/step": float(logged.step), "replay/kept": float(len(logged.kept))}
         if self.verify:
             metrics |= self._decide_again(state, logged)
-            state.batch = take_rows(state.batch, logged.kept)
-        if logged.scored:
+            if logged.scored:
+                state.batch = kept_batch(state.batch, logged.order, logged.kept, device=state.device)
+        elif logged.scored:
             state.batch = trim_padding(state.batch)
         logger.log_metrics(metrics)
 
@@ -292,14 +299,15 @@ class ReplaySelection(Algorithm):
         first_epoch = self.decisions[self.decisions.first].epoch if self.offset else 0
         self._steps.go_to(state.timestamp.batch.value + self.offset, epoch=state.timestamp.epoch.value + first_epoch)
 
-    def _check_lengths(self, state: State, logged: LoggedStep) -> None:
+    def _check_lengths(self, state: State, logged: LoggedStep, mine: list[int]) -> None:
         lengths = real_tokens(state.batch).sum(dim=1).tolist()
-        if lengths == logged.tokens or any("tokens" in line for line in self.differences):
+        expected = [logged.tokens[place] for place in mine]
+        if lengths == expected or any("tokens" in line for line in self.differences):
             return
-        row = next(row for row, length in enumerate(lengths) if length != logged.tokens[row])
+        row = next(row for row, length in enumerate(lengths) if length != expected[row])
         line = (
-            f"step {logged.step}, sample {logged.sample_ids[row]}: has {lengths[row]} tokens, the run logged {logged.tokens[row]} (another "
-            "tokenizer, template, max_seq_len or collator)"
+            f"step {logged.step}, sample {logged.sample_ids[mine[row]]}: has {lengths[row]} tokens, the run logged {expected[row]} "
+            "(another tokenizer, template, max_seq_len or collator)"
         )
         self.differences.append(line)
         log.warning("This replay differs from the run, so equal weights are not to be expected: %s", line)
@@ -362,12 +370,10 @@ class ReplaySelection(Algorithm):
         run = self.log.run
         old = {
             "model": run.get("model"),
-            "world size": run.get("world_size"),
             "training seed": run.get("seeds", {}).get("training"),
         }
         new: dict[str, Any] = {
             "model": dict(model["model"]),
-            "world size": dist.get_world_size(),
             "training seed": state.rank_zero_seed,
         }
         old["tokenizer"], new["tokenizer"] = run.get("tokenizer"), model["tokenizer"]
@@ -375,6 +381,10 @@ class ReplaySelection(Algorithm):
         for library in ("torch", "mosaicml", "transformers", "peft", "numpy"):
             old[library], new[library] = run.get("versions", {}).get(library), versions[library]
         lines = [f"{name}: was {old[name]!r}, is {new[name]!r}" for name in old if old[name] != new[name]]
+        if others := self.decisions.steps_of_other_ranks():
+            lines.append(
+                f"{others} of {len(self.decisions)} steps were trained on another number of ranks than {dist.get_world_size()}"
+            )
         if self.offset:
             lines.append(f"it begins at step {self.offset} without the checkpoint that the run had saved there")
         return lines

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from composer.utils import dist
 from streaming import StreamingDataset
 from streaming.base.hashing import get_hash
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from udsstream.errors import ReplayError, ShardError
 from udsstream.mosaicml.dataset import with_sample_id
+from udsstream.mosaicml.ranks import CanonicalOrder, canonical_order, shares
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["LoggedDecisions", "LoggedSamples", "LoggedStep", "LoggedSteps"]
@@ -28,7 +31,7 @@ __all__ = ["LoggedDecisions", "LoggedSamples", "LoggedStep", "LoggedSteps"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedStep:
-    """One step of a log: its rows in the order in which they are collated."""
+    """One step of a log, of all ranks in canonical order: its candidates, or its kept rows alone."""
 
     step: int
     epoch: int
@@ -36,7 +39,8 @@ class LoggedStep:
     scored: bool
     """False: selection was off, and all candidates were trained on as they came."""
     sample_ids: list[int]
-    """Of the kept rows in training order, or of all candidates in canonical order."""
+    order: CanonicalOrder
+    """Whose each row is, on the ranks that train now."""
     tokens: list[int]
     """Real tokens of each row."""
     kept: list[int]
@@ -44,23 +48,34 @@ class LoggedStep:
     scores: np.ndarray
     """(rows,) float32; NaN where nothing was scored."""
 
+    def rows_of(self, rank: int) -> list[int]:
+        """Places of the rows that a rank reads, in the order in which it collates them."""
+        return self.order.of(rank).tolist()
+
 
 class LoggedDecisions:
-    """The steps `first` to before `stop` of a log, in memory: about 40 bytes a row.
+    """The steps `first` to before `stop` of a log, in memory: about 50 bytes a row.
+
+    Rows are dealt to the ranks that train now. Where these are as many as trained then, each rank gets what it had: all its candidates, or
+    of the kept rows those that it trained on. Otherwise the rows are dealt anew, in equal shares.
 
     Args:
         log: to be replayed; of a resumed run the newest attempt of each step is taken.
         first: None: the log's first step.
         stop: None: to the log's end.
         candidates: whether the rejected rows are wanted too.
+        ranks: how many ranks train now.
 
     Raises:
-        ReplayError: the log has no decisions, or not all of these steps.
+        ReplayError: the log has no decisions, or not all of these steps, or a step's rows cannot be dealt in equal shares.
         LogError: it cannot be read.
     """
 
-    def __init__(self, log: SelectionLog, *, first: int | None, stop: int | None, candidates: bool) -> None:
-        overview = log.table(columns=["step", "epoch"])
+    def __init__(
+        self, log: SelectionLog, *, first: int | None, stop: int | None, candidates: bool, ranks: int = 1
+    ) -> None:
+        self._candidates, self.ranks = candidates, ranks
+        overview = log.table(columns=["step", "epoch", "rank"])
         steps, at = np.unique(overview["step"].to_numpy(), return_index=True)
         if not len(steps):
             raise ReplayError(f"the log in {log.root} has no decisions yet, so there is nothing to replay")
@@ -79,6 +94,7 @@ class LoggedDecisions:
         # Where the epoch of each step began tells its place in the epoch, which `method="random"` draws by.
         begins = np.concatenate([[True], epochs[1:] != epochs[:-1]])
         began = np.maximum.accumulate(np.where(begins, np.arange(len(steps)), 0))
+        self._ranks_then = (np.maximum.reduceat(overview["rank"].to_numpy(), at) + 1)[wanted]
         self._epoch, self._batch_in_epoch = epochs[wanted], (np.arange(len(steps)) - began)[wanted]
         self._complete_epochs = [int(np.sum(epochs == epoch)) for epoch in np.unique(epochs)[:-1]]
 
@@ -86,15 +102,23 @@ class LoggedDecisions:
         if not candidates:
             filter &= pc.field("selected")
         order = [("step", "ascending"), ("position" if candidates else "train_order", "ascending")]
-        columns = ["step", "position", "sample_id", "tokens", "score", "selected", "train_order"]
+        columns = ["step", "position", "rank", "sample_id", "tokens", "score", "selected", "train_order"]
         table = log.table(columns=columns, filter=filter).sort_by(order)
         self._starts = np.searchsorted(table["step"].to_numpy(), np.arange(self.first, self.stop + 1))
         self._ids = table["sample_id"].to_numpy()
+        self._rank = table["rank"].to_numpy()
         self._tokens = table["tokens"].to_numpy()
         self._selected = table["selected"].to_numpy()
         self._scores = pc.fill_null(table["score"], float("nan")).to_numpy()
         if empty := np.flatnonzero(np.diff(self._starts) == 0).tolist():
             raise ReplayError(f"step {self.first + empty[0]} of the log in {log.root} kept no sample; audit the log")
+        uneven = (np.diff(self._starts) % ranks != 0) & (self._ranks_then != ranks)
+        if uneven.any():
+            at_step = int(np.flatnonzero(uneven)[0])
+            raise ReplayError(
+                f"step {self.first + at_step} has {np.diff(self._starts)[at_step]} rows, which {ranks} ranks cannot share equally; "
+                f"replay on {self._ranks_then[at_step]}, as it was trained, or on 1"
+            )
 
     def __len__(self) -> int:
         """How many steps there are."""
@@ -108,6 +132,7 @@ class LoggedDecisions:
         rows = slice(int(self._starts[place]), int(self._starts[place + 1]))
         scores = self._scores[rows]
         return LoggedStep(
+            order=self._order(place, rows, scored=not np.isnan(scores).any()),
             step=step,
             epoch=int(self._epoch[place]),
             batch_in_epoch=int(self._batch_in_epoch[place]),
@@ -118,10 +143,23 @@ class LoggedDecisions:
             scores=scores,
         )
 
-    def ids(self, step: int) -> list[int]:
-        """The sample ids of a step, without the rest."""
-        place = step - self.first
-        return self._ids[self._starts[place] : self._starts[place + 1]].tolist()
+    def _order(self, place: int, rows: slice, *, scored: bool) -> CanonicalOrder:
+        owners = self._rank[rows].astype(np.int64)
+        if self.ranks != self._ranks_then[place]:
+            return canonical_order([len(owners) // self.ranks] * self.ranks, dist.get_local_world_size())
+        if scored and not self._candidates:
+            of_rank = shares(CanonicalOrder(rank=owners, row=owners), range(len(owners)), self.ranks)
+            for rank, places in enumerate(of_rank):
+                owners[places] = rank
+        row = np.empty_like(owners)
+        for rank in range(self.ranks):
+            mine = np.flatnonzero(owners == rank)
+            row[mine] = np.arange(len(mine))
+        return CanonicalOrder(rank=owners, row=row)
+
+    def steps_of_other_ranks(self) -> int:
+        """How many of the steps were trained on another number of ranks."""
+        return int((self._ranks_then != self.ranks).sum())
 
     def epoch_stop(self, step: int) -> int:
         """The first step after `step` that is of another epoch, or `stop`."""
@@ -134,30 +172,36 @@ class LoggedDecisions:
         return max(self._complete_epochs, default=None)
 
 
-class LoggedSteps(Sampler[list[int]]):
-    """Yields the ids of each step, from the next one to the end of its epoch.
+class LoggedSteps(DistributedSampler):
+    """A batch sampler: yields this rank's ids of each step, from the next one to the end of its epoch.
+
+    (A DistributedSampler, because Composer refuses a map-style data set on several ranks without one.)
 
     Args:
         decisions: what is yielded.
+        rank: whose ids.
         batches_per_epoch: its length; Composer turns durations in epochs into batches by it, so it is the original's even where the
             log ends earlier.
     """
 
-    def __init__(self, decisions: LoggedDecisions, *, batches_per_epoch: int) -> None:
+    def __init__(self, decisions: LoggedDecisions, *, rank: int, batches_per_epoch: int) -> None:
+        super().__init__(decisions, num_replicas=decisions.ranks, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self._decisions = decisions
+        self._rank = rank
         self._batches_per_epoch = batches_per_epoch
         self._next = decisions.first
-        self._epoch = decisions[decisions.first].epoch
+        self._epoch_now = decisions[decisions.first].epoch
 
     def go_to(self, step: int, *, epoch: int) -> None:
         """The next iteration begins with this step of the log, and is of this epoch of the log: empty when the step is of a later one."""
-        self._next, self._epoch = step, epoch
+        self._next, self._epoch_now = step, epoch
 
-    def __iter__(self) -> Iterator[list[int]]:
-        if self._next >= self._decisions.stop or self._decisions[self._next].epoch != self._epoch:
+    def __iter__(self) -> Iterator[Any]:
+        if self._next >= self._decisions.stop or self._decisions[self._next].epoch != self._epoch_now:
             return
         for step in range(self._next, self._decisions.epoch_stop(self._next)):
-            yield self._decisions.ids(step)
+            logged = self._decisions[step]
+            yield [logged.sample_ids[place] for place in logged.rows_of(self._rank)]
 
     def __len__(self) -> int:
         return self._batches_per_epoch
