@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import oracles
 import pytest
@@ -194,3 +196,17 @@ def test_the_command(folder):
     assert row["relative_error"] <= 2e-5
     answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1"])
     assert "scoring / trunk" in answer.stdout
+
+
+def test_the_document_names_what_there_is(result):
+    text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    row = result.as_dict()["rows"][0]
+    table = text.split("`--json` has a list")[1].split("A head by itself")[0]
+    named = re.findall(r"`(\w+)`", " ".join(line for line in table.splitlines() if line.startswith("| `")))
+    assert {"scoring_over_trunk", "speedup_over_svd", "selecting_step_speedup", "fraction_of_ideal"} <= set(named)
+    assert set(named) <= set(row)
+    help_text = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).stdout
+    for option in set(re.findall(r"(?<=\s)--[a-z0-9]+", text.split("```")[1])):
+        assert option in help_text
+    for path in re.findall(r"`((?:tests|udsstream)/[\w/.]+)`", text):
+        assert (Path(__file__).parents[1] / path).exists(), path

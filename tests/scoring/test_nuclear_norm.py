@@ -123,33 +123,21 @@ def test_the_same_call_gives_the_same_bits(form):
     assert torch.equal(nuclear_norms(factors, form=form), nuclear_norms(factors, form=form))
 
 
-def test_the_number_of_threads_does_not_change_eigenvalues_and_is_left_as_it_was():
+def test_the_number_of_threads_does_not_change_eigenvalues_and_is_left_as_it_was(monkeypatch):
     grams = [smaller_gram(normal(n, 252, seed=n), torch.float64) for n in (30, 31, 100, 300, 7)]
-    before = torch.get_num_threads()
-    found = []
+    before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 8):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(nuclear_norms_from_grams(grams, form="gram"))
             assert torch.get_num_threads() == threads
+        monkeypatch.setattr(nuclear_norm, "_sum_of_roots", lambda _: torch.zeros(1, 2) @ torch.zeros(1, 2))
+        with pytest.raises(RuntimeError):
+            nuclear_norms_from_grams(grams, form="gram")
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)
-
-
-def test_threads_are_given_back_when_one_of_them_fails(monkeypatch):
-    def fails(_):
-        raise RuntimeError("LAPACK")
-
-    monkeypatch.setattr(nuclear_norm, "_sum_of_roots", fails)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(RuntimeError, match="LAPACK"):
-            nuclear_norms_from_grams([torch.eye(3), torch.eye(3)], form="gram")
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_gradients_are_not_recorded():
@@ -255,13 +243,8 @@ class Operations(TorchDispatchMode):
     ],
 )
 def test_a_form_can_be_forced(form, has, has_not):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # other threads' operations are not recorded
-    try:
-        with Operations() as seen:
-            nuclear_norms([normal(20, 30)], form=form)
-    finally:
-        torch.set_num_threads(threads)
+    with Operations() as seen:
+        nuclear_norms([normal(20, 30)], form=form)
     assert has in seen.names
     assert has_not not in seen.names
 

@@ -6,7 +6,7 @@ Any X (N×r) with `X Xᵀ = L Lᵀ` has the singular values of L. For a linear h
 a matrix and has about D columns instead of V (`lm_head.py` makes R). The smaller of its two Gram matrices, G (n×n), is enough.
 
 `svd`    the definition, `torch.linalg.svdvals`. The slow reference of the other two.
-`gram`   the square roots of G's eigenvalues, candidates spread over the cores. The CPU's form.
+`gram`   the square roots of G's eigenvalues, one candidate after the other. The CPU's form.
 `polar`  `‖L‖_* = ⟨U, C⟩` with the Cholesky factor C of G and C's polar factor U from odd polynomial iterations: products of
          matrices only, batched, and never a wait for the device. The form of GPUs, where eigenvalues are slow.
 
@@ -19,9 +19,7 @@ Error relative to the definition in float64: at most 2e-5 (`gram`) and 1e-4 (`po
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -83,7 +81,7 @@ def nuclear_norms(
     device = factors[0].device
     form, dtype = form or choose_form(device), dtype or choose_dtype(device)
     if form == "svd":
-        return torch.stack(_on_all_cores(_svd_or_nan, [factor.to(dtype) for factor in factors])).float()
+        return torch.stack([_svd_or_nan(factor.to(dtype)) for factor in factors]).float()
     with exact_float32():
         return nuclear_norms_from_grams([smaller_gram(factor, dtype) for factor in factors], form=form)
 
@@ -95,7 +93,8 @@ def nuclear_norms_from_grams(grams: Sequence[Tensor], *, form: Literal["gram", "
     Only the lower triangles are read.
     """
     if (form or choose_form(grams[0].device)) == "gram":
-        return torch.stack(_on_all_cores(_sum_of_roots, grams)).float()
+        with _one_thread(grams[0].device):
+            return torch.stack([_sum_of_roots(gram) for gram in grams]).float()
     norms: list[Tensor] = [grams[0]] * len(grams)
     with exact_float32():
         for places in buckets([gram.shape[0] for gram in grams]):
@@ -152,6 +151,20 @@ def buckets(sizes: Sequence[int]) -> list[list[int]]:
 # Eigenvalues ------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On the CPU: LAPACK loses a tenth by a second thread on a few hundred rows, and no value depends on how many there are."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _sum_of_roots(gram: Tensor) -> Tensor:
     """Sum of the square roots of the eigenvalues, rounding below 0 cut off; NaN instead of LAPACK's nameless error."""
     finite = torch.isfinite(gram).all()
@@ -162,40 +175,6 @@ def _sum_of_roots(gram: Tensor) -> Tensor:
 def _svd_or_nan(matrix: Tensor) -> Tensor:
     finite = torch.isfinite(matrix).all()
     return torch.where(finite, nuclear_norm_svd(torch.where(finite, matrix, 0)), float("nan"))
-
-
-def _on_all_cores(function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`function` of each; of matrices on the CPU by all of torch's threads, each matrix by one of them.
-
-    LAPACK gains nothing from a second thread on a few hundred rows. And so a value depends neither on how many threads there are
-    nor on how many candidates.
-    """
-    threads = torch.get_num_threads()
-    if matrices[0].device.type != "cpu" or threads == 1:
-        return [function(matrix) for matrix in matrices]
-    workers = min(threads, len(matrices))
-
-    def share(worker: int) -> list[Tensor]:
-        with torch.no_grad():
-            return [function(matrix) for matrix in matrices[worker::workers]]
-
-    torch.set_num_threads(1)  # for LAPACK within each of the workers
-    try:
-        others = [_pool(threads).submit(share, worker) for worker in range(1, workers)]
-        shares = [share(0), *(other.result() for other in others)]
-    finally:
-        torch.set_num_threads(threads)
-    return [shares[place % workers][place // workers] for place in range(len(matrices))]
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # Kept for good: MKL has buffers for every thread that it ever met.
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="udsstream-scoring")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 # The polar factor -------------------------------------------------------------------------------------------------------
