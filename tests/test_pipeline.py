@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
+import launch
 import pytest
 import yaml
 from jobs import udsstream, write_rows
@@ -12,7 +15,7 @@ from streaming import MDSWriter
 from transformers import PreTrainedTokenizerFast
 
 from udsstream import SelectionLog, pipeline
-from udsstream.errors import DataError, LogExistsError, ModelError, ResumeError, ShardError
+from udsstream.errors import ConfigError, DataError, LogExistsError, ModelError, ResumeError, ShardError
 from udsstream.run_config import load_run_config
 from udsstream.run_folder import is_finished
 
@@ -202,3 +205,45 @@ def test_a_mistake_is_printed_without_a_traceback(config_file, monkeypatch, caps
     code, _, err = udsstream(monkeypatch, capsys, "train", str(config_file), "seeed=3")
     assert code == 1
     assert err == f"udsstream: ConfigError: {config_file}: 1 mistake\n  seeed: unknown key\n"
+
+
+def test_more_to_be_kept_than_there_are_is_refused_before_training(config_file):
+    with pytest.raises(ConfigError, match=r"keep: 9 of each candidate batch are to be kept, but a batch has only 8"):
+        pipeline.train(load_run_config(config_file, ["selection.keep=9"]))
+
+
+# Several ranks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command on each rank."""
+
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> None:
+        from udsstream import cli
+
+        sys.argv = ["udsstream", *self.arguments]
+        cli.main()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_replay_from_the_command_line(config_file, tmp_path):
+    processes = launch.forkserver()
+    run, again = tmp_path / "run", tmp_path / "again"
+    job = Job(("train", str(config_file), "data.batch_size=4", "data.num_workers=1"))
+    assert launch.finish(launch.start(processes, 2, job)) == [0, 0]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["batches"] == 5
+    assert summary["eval_loss_before"] > 0
+    log = SelectionLog.open(run)
+    assert log.table().num_rows == 40
+    assert [len(log.selected(step)) for step in log.steps()] == [2] * 5
+    job = Job(("replay", str(run), "--out", str(again), "--verify"))
+    assert launch.finish(launch.start(processes, 2, job)) == [0, 0]
+    found = json.loads((again / "replay.json").read_text())
+    assert (found["verdict"], found["differences"]) == ("identical", [])
+    assert found["verification"]["equal_scores"] == found["verification"]["scores"] == 40
+    refused = Job(("train", str(config_file), "data.batch_size=4"))  # the folder is taken
+    assert launch.finish(launch.start(processes, 2, refused)) == [1, 1]

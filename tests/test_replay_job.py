@@ -240,7 +240,7 @@ def test_steps_that_are_no_range(run, monkeypatch, capsys, given):
 def test_a_stream_without_a_place(run, monkeypatch, capsys):
     code, _, err = udsstream(monkeypatch, capsys, "replay", str(run), "--stream", "animals")
     assert code == 2
-    assert "NAME=PLACE" in err
+    assert "NAME=PATH" in err
 
 
 def test_a_run_on_a_remote_stream(model, data, tmp_path):

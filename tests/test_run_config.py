@@ -94,7 +94,6 @@ def test_selection_mistakes_have_their_path_too():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"selection": {"keep": 9}}, "selection.keep: 9 of each batch are to be kept, but data.batch_size is 8"),
         ({"data": {"batch_size": 8}}, "data: give either streams or streams_root"),
         ({"data": {"batch_size": 8, "streams": [{}]}}, "data.streams.0: a stream needs local, remote or both"),
         (

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from udsstream.errors import DataError, ModelError
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
+from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.mosaicml.rng_state import NeutralEvaluation
 from udsstream.run_config import (
@@ -48,6 +49,7 @@ __all__ = [
     "build_model",
     "build_trainer",
     "eval_loss",
+    "join_ranks",
     "train",
 ]
 
@@ -74,7 +76,8 @@ def train(config: RunConfig) -> TrainingResult:
         UdsstreamError: see `udsstream.errors`.
     """
     folder = Path(config.save_folder)
-    claim_folder(folder, config)
+    join_ranks(config)
+    on_rank_zero(lambda: claim_folder(folder, config))
     trainer = build_trainer(config)
     try:
         before = _initial_loss(trainer, config, folder)
@@ -90,8 +93,18 @@ def train(config: RunConfig) -> TrainingResult:
         )
     finally:
         trainer.close()
-    write_atomically(folder / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+    on_rank_zero(lambda: write_atomically(folder / SUMMARY, json.dumps(asdict(result), indent=2) + "\n"))
     return result
+
+
+def join_ranks(config: RunConfig) -> str:
+    """Starts torch.distributed, where it is not running yet; the device to train on, as Composer names it.
+
+    Before any data set is made: Streaming would otherwise start it in its own way, and now and then fail.
+    """
+    device = config.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    dist.initialize_dist(device)
+    return device
 
 
 def build_trainer(
@@ -109,9 +122,7 @@ def build_trainer(
         checkpoint: to begin from, whole; where there is none to resume from.
         callbacks: in addition.
     """
-    device = config.device or ("gpu" if torch.cuda.is_available() else "cpu")
-    # Before any data set is made: Streaming would otherwise start torch.distributed in its own way, and now and then fail.
-    dist.initialize_dist(device)
+    device = join_ranks(config)
     reproducibility.seed_all(config.seed)
     model = build_model(config.model)
     folder = Path(config.save_folder)
@@ -315,25 +326,25 @@ def _clipping(norm: float | None) -> list[Any]:
 
 def _kept_per_step(config: RunConfig) -> int:
     """All that is trained on at once. Left to itself, Composer would take the candidates' number and warn of smaller batches."""
-    return (
-        config.selection_config().kept(config.data.batch_size)
-        if config.selection is not None
-        else config.data.batch_size
-    )
+    if config.selection is None:
+        return config.data.batch_size
+    ranks = dist.get_world_size()
+    return max(1, config.selection_config().kept(config.data.batch_size * ranks, ranks) // ranks)
 
 
 def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | None:
     """The held-out loss before the first step: measured once, and remembered over interruptions."""
     if config.eval is None:
         return None
-    remembered = folder / "initial_eval.json"
-    if remembered.exists():
-        return json.loads(remembered.read_text())["loss"]
+    path = folder / "initial_eval.json"
+    remembered = on_rank_zero(lambda: json.loads(path.read_text())["loss"] if path.exists() else None)
+    if remembered is not None:
+        return remembered
     if trainer.state.timestamp.batch.value > 0:
         return None
     trainer.eval()
     loss = eval_loss(trainer)
-    write_atomically(remembered, json.dumps({"loss": loss}) + "\n")
+    on_rank_zero(lambda: write_atomically(path, json.dumps({"loss": loss}) + "\n"))
     return loss
 
 

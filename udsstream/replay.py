@@ -25,8 +25,9 @@ from composer.loggers import Logger
 
 from udsstream.errors import ConfigError, ReplayError
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
+from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
-from udsstream.pipeline import build_trainer, eval_loss
+from udsstream.pipeline import build_trainer, eval_loss, join_ranks
 from udsstream.run_config import RunConfig, StreamConfig, config_changes, load_run_config
 from udsstream.run_folder import CONFIG, claim_folder, unfinished_folder, write_atomically
 from udsstream.selection_log.reader import SelectionLog
@@ -127,7 +128,8 @@ def replay(
             "udsstream.ReplaySelection in the place of OnlineBatchSelection"
         )
     original = load_run_config(run / CONFIG)
-    out = out or unfinished_folder(run.with_name(f"{run.name}-replay"), _is_finished)
+    join_ranks(original)
+    out = out or on_rank_zero(lambda: unfinished_folder(run.with_name(f"{run.name}-replay"), _is_finished))
     config = _replayed_config(run, out, streams, overrides, log)
     changes = [line for line in config_changes(original, config) if line.partition(":")[0] not in _SAME_DATA]
     if steps[0] and checkpoint is None:
@@ -147,7 +149,7 @@ def replay(
         "verify": verify,
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
-    _claim(out, config, request)
+    on_rank_zero(lambda: _claim(out, config, request))
     target = max(
         (step for step in checkpoints_in(run / "checkpoints") if request["first"] < step <= request["stop"]),
         default=None,
@@ -173,7 +175,8 @@ def replay(
         )
     finally:
         trainer.close()
-    write_atomically(out / _REPLAY, json.dumps(request | {"finished": True} | result.as_dict(), indent=2) + "\n")
+    written = json.dumps(request | {"finished": True} | result.as_dict(), indent=2) + "\n"
+    on_rank_zero(lambda: write_atomically(out / _REPLAY, written))
     return result
 
 

@@ -110,7 +110,7 @@ class DataConfig(_Section):
     streams_root: str | None = None
     """A folder of streams: each of its sub-folders with an index.json is one, in the order of their names."""
     batch_size: PositiveInt
-    """Candidates per step (and rank): what selection chooses from."""
+    """Candidates per step and rank. `selection.keep` is of those of all ranks."""
     shuffle: bool = True
     shuffle_seed: Annotated[int, Field(ge=0)] = 9176
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -242,14 +242,6 @@ class RunConfig(_Section):
     def _fits_together(self) -> RunConfig:
         if self.selection is not None:
             self.selection_config()
-        if (
-            self.selection is not None
-            and isinstance(keep := self.selection.get("keep"), int)
-            and keep > self.data.batch_size
-        ):
-            raise ValueError(
-                f"selection.keep: {keep} of each batch are to be kept, but data.batch_size is {self.data.batch_size}"
-            )
         return self
 
     def selection_config(self) -> SelectionConfig:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from udsstream.cli.options import stream_places
+
 __all__ = ["audit"]
 
 _UNREADABLE = 2
@@ -50,7 +52,7 @@ def audit(
     """
     from udsstream.errors import UdsstreamError
 
-    places = dict(_stream(text) for text in stream or [])
+    places = stream_places(stream)
     if places and not data:
         raise typer.BadParameter("only with --data are streams looked at", param_hint="--stream")
     kept = None if anchor is None else _anchor(anchor)
@@ -117,13 +119,6 @@ def _verify(run: Path, file: Path, public_key: Path | None) -> tuple[dict[str, A
 
 def _passphrase() -> bytes:
     return typer.prompt("Passphrase of the private key", hide_input=True, err=True).encode()
-
-
-def _stream(text: str) -> tuple[str, str]:
-    name, found, path = text.partition("=")
-    if not (name and found and path):
-        raise typer.BadParameter(f"{text!r} is not NAME=PATH", param_hint="--stream")
-    return name, path
 
 
 def _anchor(text: str) -> tuple[int, bytes]:

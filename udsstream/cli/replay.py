@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from udsstream.cli.options import is_rank_zero, stream_places
+
 __all__ = ["replay"]
 
 
@@ -29,7 +31,7 @@ def replay(
         bool, typer.Option("--verify", help="Score again, and compare each decision with the log.")
     ] = False,
     stream: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PLACE", help="Where a stream of the run lies now (repeatable).")
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Where a stream of the run lies now (repeatable).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -40,7 +42,7 @@ def replay(
     Example: udsstream replay runs/a --steps :100 --verify
     """
     between = _steps(steps)
-    places = dict(_place(given) for given in stream or [])
+    places = stream_places(stream)
     from udsstream.replay import replay as run_replay
     from udsstream.replay_summary import print_replay
 
@@ -53,7 +55,9 @@ def replay(
         streams=places,
         overrides=overrides or [],
     )
-    if as_json:
+    if not is_rank_zero():
+        pass
+    elif as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         print_replay(result)
@@ -68,10 +72,3 @@ def _steps(given: str | None) -> tuple[int | None, int | None]:
     if not colon or not all(part == "" or part.isdecimal() for part in (first, stop)):
         raise typer.BadParameter(f"{given!r}: is written FIRST:STOP, as in 0:100, :100 or 100:", param_hint="--steps")
     return int(first) if first else None, int(stop) if stop else None
-
-
-def _place(given: str) -> tuple[str, str]:
-    name, equals, place = given.partition("=")
-    if not (name and equals and place):
-        raise typer.BadParameter(f"{given!r}: is written NAME=PLACE, as in train=/data/train", param_hint="--stream")
-    return name, place

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from udsstream.cli.options import stream_places
+
 __all__ = ["report"]
 
 
@@ -28,13 +30,6 @@ def report(
     """
     from udsstream.report.write import write_report
 
-    places = dict(_stream(text) for text in stream or [])
+    places = stream_places(stream)
     written = write_report(run, out=out, text=not no_text, streams=places, per_kind=samples, checkpoint=checkpoint)
     print(f"{written.path} ({written.bytes / 1000:,.0f} kB). Audit: {written.verdict}.")
-
-
-def _stream(text: str) -> tuple[str, str]:
-    name, found, path = text.partition("=")
-    if not (name and found and path):
-        raise typer.BadParameter(f"{text!r} is not NAME=PATH", param_hint="--stream")
-    return name, path

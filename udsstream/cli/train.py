@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from udsstream.cli.options import is_rank_zero
+
 __all__ = ["train"]
 
 
@@ -24,5 +26,5 @@ def train(
     from udsstream.run_summary import print_summary
 
     result = pipeline.train(settings)
-    if settings.selection is not None:
+    if settings.selection is not None and is_rank_zero():
         print_summary(Path(settings.save_folder), before=result.eval_loss_before, after=result.eval_loss_after)

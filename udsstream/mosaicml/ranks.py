@@ -13,7 +13,7 @@ that must change their rank for all to train on the same number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor
 
-from udsstream.errors import DataError, RankError
+from udsstream.errors import DataError, RankError, UdsstreamError
 from udsstream.mosaicml.batch import join_rows, split_rows, take_rows, trim_padding
 
 T = TypeVar("T")
@@ -41,6 +41,7 @@ __all__ = [
     "gather_embeddings",
     "kept_batch",
     "moves",
+    "on_rank_zero",
     "shares",
 ]
 
@@ -234,6 +235,26 @@ def from_rank_zero(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Does something on rank 0 alone; every rank gets its value, or its error. A collective: every rank must call it.
+
+    Raises:
+        UdsstreamError: what `work` raised on rank 0.
+    """
+    if dist.get_world_size() == 1:
+        return work()
+    value, error = None, None
+    if dist.get_global_rank() == 0:
+        try:
+            value = work()
+        except UdsstreamError as raised:
+            error = raised
+    value, error = from_rank_zero((value, error))
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 def check_same_memory(digest: bytes, pushed: int) -> None:

@@ -1,0 +1,26 @@
+"""What several commands need of their arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import typer
+
+__all__ = ["is_rank_zero", "stream_places"]
+
+
+def stream_places(given: Sequence[str] | None) -> dict[str, str]:
+    """`--stream NAME=PATH`, repeated: where streams are now, by their names."""
+    places = {}
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise typer.BadParameter(f"{text!r} is not NAME=PATH, such as train=/data/train", param_hint="--stream")
+        places[name] = path
+    return places
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that prints (launchers such as `composer` and torchrun set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
