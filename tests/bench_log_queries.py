@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from udsstream import log_queries
-from udsstream.near_duplicates import near_duplicates
+from udsstream.log_queries import queries
+from udsstream.log_queries.near_duplicates import near_duplicates
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
@@ -107,14 +107,14 @@ def main() -> None:
             f"{given.rows:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; three columns read in {base:.2f} s"
         )
         for name, ask in (
-            ("--sample", lambda: log_queries.sample_history(log, 123_456)),
-            ("--sample, never offered", lambda: log_queries.sample_history(log, SAMPLES + 1)),
-            ("--until", lambda: log_queries.trained_on(log, until=half)),
-            ("--streams", lambda: log_queries.stream_shares(log)),
-            ("--most", lambda: log_queries.most_chosen(log, 10)),
-            ("--least", lambda: log_queries.least_chosen(log, 10)),
-            ("--suppressed", lambda: log_queries.suppressed(log)),
-            ("--length", lambda: log_queries.length_effect(log)),
+            ("--sample", lambda: queries.sample_history(log, 123_456)),
+            ("--sample, never offered", lambda: queries.sample_history(log, SAMPLES + 1)),
+            ("--until", lambda: queries.trained_on(log, until=half)),
+            ("--streams", lambda: queries.stream_shares(log)),
+            ("--most", lambda: queries.most_chosen(log, 10)),
+            ("--least", lambda: queries.least_chosen(log, 10)),
+            ("--suppressed", lambda: queries.suppressed(log)),
+            ("--length", lambda: queries.length_effect(log)),
         ):
             seconds = min(timed(ask) for _ in range(2))
             print(f"  {name:26s} {seconds:6.2f} s  {seconds / base:5.1f} ×")

@@ -18,11 +18,11 @@ import pytest
 import uds_log
 from typer.testing import CliRunner
 
-from udsstream import log_queries as queries
 from udsstream.cli import app
 from udsstream.errors import ConfigError, LogError
-from udsstream.near_duplicates import near_duplicates
-from udsstream.run_summary import summarize
+from udsstream.log_queries import queries
+from udsstream.log_queries.near_duplicates import near_duplicates
+from udsstream.log_queries.summary import summarize
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
@@ -356,8 +356,8 @@ def full(tmp_path: Path, request: pytest.FixtureRequest) -> SelectionLog:
 def test_near_duplicates_are_all_close_pairs_within_the_window(
     full: SelectionLog, portion: int, until: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udsstream.near_duplicates._READ_BYTES", portion)
-    monkeypatch.setattr("udsstream.near_duplicates._BLOCK", 7)
+    monkeypatch.setattr("udsstream.log_queries.near_duplicates._READ_BYTES", portion)
+    monkeypatch.setattr("udsstream.log_queries.near_duplicates._BLOCK", 7)
     found = near_duplicates(full, until=until)
     pushes = [row for row in full.pushes().to_pylist() if until is None or row["step"] < until]
     assert (found.pushes, found.window) == (len(pushes), uds_log.CAPACITY)
@@ -554,7 +554,10 @@ def test_the_fast_order_is_lexsort(seed: int) -> None:
 
 
 def test_no_question_loads_torch() -> None:
-    code = "import sys, udsstream.log_tables, udsstream.run_summary; print(sorted({'torch', 'composer', 'streaming'} & set(sys.modules)))"
+    code = (
+        "import sys, udsstream.log_queries.tables, udsstream.log_queries.summary\n"
+        "print([name for name in ('torch', 'composer', 'streaming') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -75,12 +75,12 @@ def log(
     if below is not None and step is not None and step >= below:
         raise typer.BadParameter(f"ba{below} was made before step {step}", param_hint="--until")
 
-    from udsstream import log_queries, log_tables
+    from udsstream.log_queries import queries, tables
     from udsstream.selection_log.reader import SelectionLog
 
     opened = SelectionLog.open(run)
     if below is not None:
-        log_queries.check_reaches(opened, below)
+        queries.check_reaches(opened, below)
 
     def answer(found: Any, show: Any, *more: Any) -> None:
         if as_json:
@@ -93,52 +93,52 @@ def log(
         written = str(opened.to_parquet())
         print(json.dumps({"parquet": written}) if as_json else written)
     elif step is not None:
-        log_tables.print_step(opened, step, as_json=as_json)
+        tables.print_step(opened, step, as_json=as_json)
     elif sample is not None:
-        history = log_queries.sample_history(opened, sample, until=below, all_attempts=all_attempts)
-        answer(history, log_tables.print_history)
+        history = queries.sample_history(opened, sample, until=below, all_attempts=all_attempts)
+        answer(history, tables.print_history)
     elif streams:
-        answer(log_queries.stream_shares(opened, until=below), log_tables.print_streams)
+        answer(queries.stream_shares(opened, until=below), tables.print_streams)
     elif most is not None:
-        answer(log_queries.most_chosen(opened, most, until=below), log_tables.print_counts, "Chosen most often")
+        answer(queries.most_chosen(opened, most, until=below), tables.print_counts, "Chosen most often")
     elif least is not None:
-        answer(log_queries.least_chosen(opened, least, until=below), log_tables.print_counts, "Chosen least often")
+        answer(queries.least_chosen(opened, least, until=below), tables.print_counts, "Chosen least often")
     elif suppressed:
         _print_suppressed(opened, below, as_json=as_json)
     elif length:
-        answer(log_queries.length_effect(opened, until=below), log_tables.print_length)
+        answer(queries.length_effect(opened, until=below), tables.print_length)
     else:
         _print_summary(run, opened, below, as_json=as_json)
 
 
 def _print_suppressed(opened: Any, below: int | None, *, as_json: bool) -> None:
-    from udsstream import log_queries, log_tables
-    from udsstream.near_duplicates import near_duplicates
+    from udsstream.log_queries import queries, tables
+    from udsstream.log_queries.near_duplicates import near_duplicates
 
-    found = log_queries.suppressed(opened, until=below, limit=None if as_json else log_tables.ROWS)
+    found = queries.suppressed(opened, until=below, limit=None if as_json else tables.ROWS)
     near = near_duplicates(opened, until=below) if opened.run["log"]["embeddings"] == "full" else None
     if as_json:
         print(json.dumps(found.as_dict() | {"near_duplicates": None if near is None else near.as_dict()}, indent=2))
         return
-    log_tables.print_suppressed(found)
+    tables.print_suppressed(found)
     if near is not None:
-        log_tables.print_near_duplicates(near)
+        tables.print_near_duplicates(near)
     else:
         typer.echo("Near-duplicates that were trained on cannot be told: that needs a run with embeddings=full.")
 
 
 def _print_summary(run: Path, opened: Any, below: int | None, *, as_json: bool) -> None:
-    from udsstream import log_queries, log_tables
-    from udsstream.run_summary import print_summary, summarize
+    from udsstream.log_queries import queries, tables
+    from udsstream.log_queries.summary import print_summary, summarize
 
-    trained = None if below is None else log_queries.trained_on(opened, until=below)
+    trained = None if below is None else queries.trained_on(opened, until=below)
     if as_json:
         more = {} if trained is None else trained.as_dict()
         print(json.dumps(summarize(opened, until=below).as_dict() | more, indent=2))
         return
     print_summary(run, until=below)
     if trained is not None:
-        log_tables.print_trained_on(trained)
+        tables.print_trained_on(trained)
 
 
 def _batches(text: str) -> int:

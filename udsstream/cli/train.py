@@ -23,7 +23,7 @@ def train(
 
     settings = load_run_config(config, overrides or [])
     from udsstream import pipeline
-    from udsstream.run_summary import print_summary
+    from udsstream.log_queries.summary import print_summary
 
     result = pipeline.train(settings)
     if settings.selection is not None and is_rank_zero():

@@ -26,7 +26,7 @@ def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
     smollm2.ensure(model)
 
     from udsstream import pipeline
-    from udsstream.run_summary import print_summary
+    from udsstream.log_queries.summary import print_summary
 
     run = unfinished_folder(folder / "demo", is_finished)
     settings = load_run_config(

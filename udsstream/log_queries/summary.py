@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from udsstream.log_queries import stream_name
-from udsstream.log_tables import share
+from udsstream.log_queries.queries import stream_name
+from udsstream.log_queries.tables import share
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["RunSummary", "print_summary", "summarize"]

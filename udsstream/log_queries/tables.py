@@ -1,4 +1,4 @@
-"""The answers of `log_queries.py` and the steps of a log as tables for people. What they say is decided there; here it is only laid out."""
+"""The answers of `queries.py` and the steps of a log as tables for people. What they say is decided there; here it is only laid out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from udsstream.errors import LogError
-from udsstream.log_queries import (
+from udsstream.log_queries.near_duplicates import NearDuplicates
+from udsstream.log_queries.queries import (
     LengthEffect,
     SampleCount,
     SampleHistory,
@@ -21,7 +22,6 @@ from udsstream.log_queries import (
     TrainedOn,
     stream_name,
 )
-from udsstream.near_duplicates import NearDuplicates
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = [
