@@ -446,6 +446,7 @@ class _Case:
     def select(self, clock: _Clock) -> tuple[list[int], Tensor, list[Tensor]]:
         """What selection does with the batch: the kept rows, and intra and hidden states of all."""
         from udsstream.mosaicml.batch import check_candidates, real_tokens, scoring_microbatches
+        from udsstream.mosaicml.selector import forward_cost
         from udsstream.mosaicml.trunk import neutral
 
         hidden: list[Tensor] = [torch.empty(0)] * len(self.batch["sample_id"])
@@ -456,7 +457,15 @@ class _Case:
                 ids = self.batch["sample_id"].tolist()
                 config = self.selection.config
                 lengths = check_candidates(self.batch, mask, ids, config.max_seq_len)
-                packings = list(scoring_microbatches(self.batch, mask, lengths, config.score_microbatch_tokens))
+                packings = list(
+                    scoring_microbatches(
+                        self.batch,
+                        mask,
+                        lengths,
+                        config.score_microbatch_tokens,
+                        forward_cost=forward_cost(self.device),
+                    )
+                )
                 stack.enter_context(neutral(self.model))
             for rows, packed in packings:
                 packed = self.on_device(packed)

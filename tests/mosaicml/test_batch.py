@@ -5,6 +5,8 @@ B rows, N columns
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from udsstream.errors import DataError, MissingSampleIdError, SequenceTooLongError
 from udsstream.mosaicml.batch import (
     check_candidates,
+    cut_by_length,
     real_tokens,
     sample_ids_of,
     scoring_microbatches,
@@ -251,3 +254,31 @@ def test_microbatches_put_rows_of_like_length_together():
     lengths = [9, 1, 8, 2]
     batch = make_batch(lengths)
     assert [rows for rows, _ in scoring_microbatches(batch, real_tokens(batch), lengths, 18)] == [[1, 3], [2, 0]]
+
+
+@given(LENGTHS, st.integers(1, 40), st.one_of(st.none(), st.integers(0, 30)))
+def test_cuts_cost_the_least_of_all_that_are_allowed(lengths, max_tokens, forward_cost):
+    """Against every way to cut."""
+    lengths = sorted(lengths)
+    price = 10_000 if forward_cost is None else forward_cost
+
+    def cost(runs):
+        return sum((stop - start) * lengths[stop - 1] + price for start, stop in runs)
+
+    allowed = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        edges = [0, *(place + 1 for place, cut in enumerate(cuts) if cut), len(lengths)]
+        runs = list(itertools.pairwise(edges))
+        if all((stop - start) * lengths[stop - 1] <= max_tokens or stop - start == 1 for start, stop in runs):
+            allowed.append(runs)
+    found = cut_by_length(lengths, max_tokens, forward_cost)
+    assert found in allowed
+    assert cost(found) == min(map(cost, allowed))
+
+
+def test_cheap_forwards_leave_no_padding_and_dear_ones_are_few():
+    lengths = [90, 107, 127, 135, 167, 209, 210, 271]
+    assert cut_by_length(lengths, 16384, None) == [(0, 8)]
+    assert cut_by_length(lengths, 16384, 0) == [(place, place + 1) for place in range(8)]
+    assert cut_by_length(lengths, 600, None) == [(0, 4), (4, 6), (6, 8)]
+    assert cut_by_length([], 100, 5) == []
