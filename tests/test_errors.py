@@ -54,6 +54,8 @@ def test_the_docstring_names_the_builtin_families():
         "ResumeError": ["RuntimeError"],
         "RankError": ["RuntimeError"],
         "ReplayError": ["RuntimeError"],
+        "OutputExistsError": ["RuntimeError"],
+        "OutputWriteError": ["RuntimeError"],
         "AttestationError": ["ValueError"],
     }
 

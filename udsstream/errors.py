@@ -11,6 +11,8 @@
     ├── ResumeError            a checkpoint does not fit the run that loads it (RuntimeError)
     ├── RankError              the ranks of a run disagree, or cannot work together as they are set up (RuntimeError)
     ├── ReplayError            a run cannot be trained again from its log with what was given (RuntimeError)
+    ├── OutputExistsError      an output folder holds something else than this job, unfinished (RuntimeError)
+    ├── OutputWriteError       a job's output could not be written; what is finished stays (RuntimeError)
     ├── AttestationError       an attestation cannot be read, made or trusted (ValueError)
     └── LogError               the selection log
         ├── LogExistsError         the directory already holds another run
@@ -35,6 +37,8 @@ __all__ = [
     "LogWriteError",
     "MissingSampleIdError",
     "ModelError",
+    "OutputExistsError",
+    "OutputWriteError",
     "RankError",
     "ReplayError",
     "ResumeError",
@@ -87,6 +91,14 @@ class RankError(UdsstreamError, RuntimeError):
 
 class ReplayError(UdsstreamError, RuntimeError):
     """A run cannot be trained again from its log with what was given."""
+
+
+class OutputExistsError(UdsstreamError, RuntimeError):
+    """An output folder holds something else than this job, unfinished."""
+
+
+class OutputWriteError(UdsstreamError, RuntimeError):
+    """A job's output could not be written; what is finished stays and is gone on from."""
 
 
 class AttestationError(UdsstreamError, ValueError):
