@@ -12,6 +12,7 @@ import typer
 
 from udsstream.cli.audit import audit
 from udsstream.cli.bench import bench
+from udsstream.cli.curate import curate
 from udsstream.cli.demo import demo
 from udsstream.cli.log import log
 from udsstream.cli.replay import replay
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, log, replay, audit, report, bench, demo):
+for command in (train, log, replay, audit, report, curate, bench, demo):
     app.command()(command)
 
 

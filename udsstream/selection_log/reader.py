@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from udsstream.errors import ConfigError, LogCorruptError, LogError
 from udsstream.selection_log import layout, parquet, verification
 from udsstream.selection_log.checkpoints import Heads, Memory, buffer_codec, heads_files, read_buffer, read_heads
+from udsstream.selection_log.digest import rank_head
 from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.run_file import RunFile, read_run
 from udsstream.selection_log.schema import PUSHES, SELECTION
@@ -180,9 +181,10 @@ class SelectionLog:
         """The steps for which `buffer_at` has kept vectors (mode "tail"), ascending."""
         return sorted(self._kept())
 
-    def _kept(self) -> dict[int, Heads]:
+    def anchors(self) -> list[Heads]:
+        """What was kept at the checkpoints of the run as it stands, by step: of each step the newest."""
         keep = {item.attempt: item for item in _lineage(self._states(SELECTION))}
-        kept = {}
+        newest: dict[int, Heads] = {}
         for path in heads_files(self.root):
             heads = read_heads(path)
             item = keep.get(heads.attempt)
@@ -190,12 +192,18 @@ class SelectionLog:
                 continue
             if item.stop is not None and heads.step > item.stop:
                 continue
-            if heads.buffer_rows is None or not layout.buffer_path(self.root, heads.step, heads.attempt).exists():
-                continue
             # Two attempts may have stood at the same step; the newer one resumed from the older one's checkpoint.
-            if heads.step not in kept or heads.attempt > kept[heads.step].attempt:
-                kept[heads.step] = heads
-        return kept
+            if heads.step not in newest or heads.attempt > newest[heads.step].attempt:
+                newest[heads.step] = heads
+        return [newest[step] for step in sorted(newest)]
+
+    def _kept(self) -> dict[int, Heads]:
+        return {
+            heads.step: heads
+            for heads in self.anchors()
+            if heads.buffer_rows is not None
+            and layout.buffer_path(self.root, heads.step, heads.attempt).exists()
+        }
 
     def _kept_buffer(self, step: int | None) -> Memory:
         kept = self._kept()
@@ -245,6 +253,11 @@ class SelectionLog:
         one, a folder that was cut at its end, or rewritten as a whole, cannot be told from an honest one.
         """
         return verification.verify(self.root, anchor=anchor)
+
+    def heads(self) -> list[bytes]:
+        """Each rank's head as the log stands: all that it has written. `digest.merkle_root` of them is the log's root."""
+        states = zip(self._states(SELECTION), self._states(PUSHES), strict=True)
+        return [rank_head(selection.head, pushes.head) for selection, pushes in states]
 
     def to_parquet(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Write selection.parquet and pushes.parquet into a folder (default: parquet/ in the log), all attempts included."""

@@ -1,0 +1,204 @@
+"""`udsstream curate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from udsstream.cli.options import stream_places
+
+__all__ = ["curate"]
+
+_FORMATS = ("mds", "webdataset", "parquet", "jsonl")
+_UNITS = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
+
+
+def curate(
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
+    format: Annotated[str, typer.Option(metavar="|".join(_FORMATS), help="What to write.")],
+    from_log: Annotated[Path | None, typer.Option(metavar="RUN", help="Write what this run's log chose.")] = None,
+    all: Annotated[str | None, typer.Option(metavar="STREAM", help="Write a whole MDS stream.")] = None,
+    times: Annotated[int | None, typer.Option(min=0, metavar="N", help="Chosen at least N times (1).")] = None,
+    last_epoch: Annotated[bool, typer.Option("--last-epoch", help="Count the last epoch alone.")] = False,
+    until: Annotated[str | None, typer.Option(metavar="baN", help="Count the steps below N alone.")] = None,
+    top_quantile: Annotated[
+        str | None, typer.Option(metavar="Q", help="The best part Q (as 0.2) of all offered, by mean score.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="STREAM", help="From this stream alone; repeatable.")
+    ] = None,
+    quota: Annotated[
+        list[str] | None, typer.Option(metavar="STREAM=N", help="At most N of a stream, its best; repeatable.")
+    ] = None,
+    quota_share: Annotated[
+        list[str] | None, typer.Option(metavar="STREAM=P", help="At most the part P of the output; repeatable.")
+    ] = None,
+    stream: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Where a stream is now; repeatable.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep fetched shards here.")] = None,
+    verify_shards: Annotated[bool, typer.Option("--verify-shards", help="Check shards against their hashes.")] = False,
+    compression: Annotated[str | None, typer.Option(metavar="none|gzip|zstd[:N]", help="Of the shards.")] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Samples in a shard, such as 64MB.")] = "64MB",
+    prefix: Annotated[str, typer.Option(help="Of the names of added columns.")] = "uds_",
+    no_scores: Annotated[bool, typer.Option("--no-scores", help="Add no columns.")] = False,
+    language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="For the data card; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write the samples that a run chose, each once, with their scores and where they come from.
+
+    What was interrupted goes on when the same command is given again. See docs/curating.md.
+
+    Example: udsstream curate --from-log runs/a --out curated --format parquet
+    """
+    sources = {"--from-log": from_log is not None, "--all": all is not None}
+    if list(sources.values()).count(True) != 1:
+        given = " and ".join(name for name, there in sources.items() if there)
+        raise typer.BadParameter(f"give exactly one source, {' or '.join(sources)}{f'; got {given}' if given else ''}")
+    choosing = {
+        "--times": times is not None,
+        "--last-epoch": last_epoch,
+        "--until": until is not None,
+        "--top-quantile": top_quantile is not None,
+        "--only": bool(only),
+        "--quota": bool(quota),
+        "--quota-share": bool(quota_share),
+        "--stream": bool(stream),
+        "--no-scores": no_scores,
+    }
+    if all is not None and (asked := [name for name, there in choosing.items() if there]):
+        raise typer.BadParameter("it goes with --from-log alone: --all writes the stream as it is", param_hint=asked[0])
+    if format not in _FORMATS:
+        raise typer.BadParameter(f"{format!r} is none of {', '.join(_FORMATS)}", param_hint="--format")
+    size = _bytes(shard_size)
+    quotas = {name: _whole(text) for name, text in _pairs(quota, "--quota", "animals=1000")}
+    shares = {
+        name: _fraction(text, "--quota-share") for name, text in _pairs(quota_share, "--quota-share", "animals=0.5")
+    }
+    quantile = None if top_quantile is None else _fraction(top_quantile, "--top-quantile")
+    below = None if until is None else _batches(until)
+    places = stream_places(stream)
+
+    from udsstream.curate.chosen import Choice
+    from udsstream.curate.write import Output, curate_log, curate_stream
+
+    output = Output(
+        format=format,
+        compression=compression,
+        shard_bytes=size,
+        prefix=prefix,
+        scores=not no_scores and from_log is not None,
+        language=tuple(language or ()),
+    )
+    with _progress(show=not as_json) as progress:
+        common: dict[str, Any] = {"output": output, "cache": cache, "verify": verify_shards, "progress": progress}
+        if from_log is not None:
+            choice = Choice(
+                times=times,
+                last_epoch=last_epoch,
+                until=below,
+                top_quantile=quantile,
+                only=tuple(only or ()),
+                quotas=quotas,
+                shares=shares,
+            )
+            result = curate_log(from_log, out, choice=choice, places=places, **common)
+        else:
+            assert all is not None
+            result = curate_stream(all, out, **common)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        _print(result)
+
+
+def _print(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"Written to {result.out}", title_justify="left", show_header=False)
+    table.add_row("samples", f"{result.samples:,}" + (f" of {result.offered:,} offered" if result.offered else ""))
+    for name, count in list(result.per_stream.items())[:8] if len(result.per_stream) > 1 else ():
+        table.add_row(f"  from {name}", f"{count:,}")
+    if len(result.per_stream) > 8:
+        table.add_row("  from others", f"{len(result.per_stream) - 8:,} more streams")
+    table.add_row("shards", f"{result.shards:,} ({result.format}, compression {result.compression})")
+    table.add_row("bytes", f"{result.bytes:,}")
+    if result.unverified_shards:
+        table.add_row("shards without a hash", f"{result.unverified_shards:,}: their content could not be verified")
+    console.print(table)
+    console.print("Where it comes from: README.md for people, croissant.json for machines.", highlight=False)
+
+
+@contextmanager
+def _progress(*, show: bool) -> Any:
+    """A callback for the job, and a bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("writing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples, left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        callback: Callable[[int, int], None] = report
+        yield callback
+
+
+def _pairs(given: Sequence[str] | None, option: str, example: str) -> list[tuple[str, str]]:
+    pairs = []
+    for text in given or ():
+        name, equals, value = text.rpartition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"{text!r} is not STREAM=VALUE, such as {example}", param_hint=option)
+        if name in dict(pairs):
+            raise typer.BadParameter(f"stream {name!r} is given twice", param_hint=option)
+        pairs.append((name, value))
+    return pairs
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"\d{1,15}", text):
+        raise typer.BadParameter(f"{text!r} is no whole number", param_hint="--quota")
+    return int(text)
+
+
+def _fraction(text: str, option: str) -> Fraction:
+    """Exactly what was typed: 0.2 is one fifth."""
+    if not re.fullmatch(r"\d{0,15}(\.\d{1,15})?|\d{1,15}/\d{1,15}", text) or not text or text.endswith("/0"):
+        raise typer.BadParameter(f"{text!r} is no part, such as 0.2 or 1/3", param_hint=option)
+    value = Fraction(text)
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text} is not more than 0 and at most 1", param_hint=option)
+    return value
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,12})\s*([kmg]b)?", text.lower())
+    value = int(match[1]) * _UNITS[match[2] or ""] if match else 0
+    if not 0 < value < 1 << 32:
+        raise typer.BadParameter(f"{text!r} is no size up to 4 GB, such as 64MB", param_hint="--shard-size")
+    return value
+
+
+def _batches(text: str) -> int:
+    match = re.fullmatch(r"ba(\d{1,18})", text)
+    if match is None or int(match[1]) < 1:
+        raise typer.BadParameter(f"{text!r} is not baN, such as ba120 for ep0-ba120-rank0.pt", param_hint="--until")
+    return int(match[1])
