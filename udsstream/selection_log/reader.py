@@ -182,9 +182,9 @@ class SelectionLog:
         return sorted(self._kept())
 
     def anchors(self) -> list[Heads]:
-        """What was kept at the checkpoints of the run as it stands, by step: of each step the newest."""
+        """What was kept at the checkpoints of the run as it stands, by step; of the attempts that stood at one step the newest comes last."""
         keep = {item.attempt: item for item in _lineage(self._states(SELECTION))}
-        newest: dict[int, Heads] = {}
+        found = []
         for path in heads_files(self.root):
             heads = read_heads(path)
             item = keep.get(heads.attempt)
@@ -192,17 +192,15 @@ class SelectionLog:
                 continue
             if item.stop is not None and heads.step > item.stop:
                 continue
-            # Two attempts may have stood at the same step; the newer one resumed from the older one's checkpoint.
-            if heads.step not in newest or heads.attempt > newest[heads.step].attempt:
-                newest[heads.step] = heads
-        return [newest[step] for step in sorted(newest)]
+            found.append(heads)
+        return sorted(found, key=lambda heads: (heads.step, heads.attempt))
 
     def _kept(self) -> dict[int, Heads]:
+        # Of attempts that stood at the same step, the newer one resumed from the older one's checkpoint.
         return {
             heads.step: heads
             for heads in self.anchors()
-            if heads.buffer_rows is not None
-            and layout.buffer_path(self.root, heads.step, heads.attempt).exists()
+            if heads.buffer_rows is not None and layout.buffer_path(self.root, heads.step, heads.attempt).exists()
         }
 
     def _kept_buffer(self, step: int | None) -> Memory:
