@@ -164,7 +164,7 @@ def croissant(
         }
         for part in parts
     ]
-    sets, fields = _fields(columns, parts, format, compression, prefix)
+    sets, records = _contents(columns, parts, format, compression, prefix, ordered=origin.choice is not None)
     total = sum(part.rows for part in parts)
     described = {
         "@context": _CONTEXT,
@@ -175,16 +175,7 @@ def croissant(
         "version": "1.0.0",
         "size": f"{total} samples",
         "distribution": [*files, *sets],
-        "recordSet": [
-            {
-                "@type": "cr:RecordSet",
-                "@id": "samples",
-                "name": "samples",
-                "description": f"One record per sample, {total} in all, each once"
-                + ("" if origin.choice is None else ", in the order in which they were first chosen"),
-                "field": fields,
-            }
-        ],
+        "recordSet": records,
         "isBasedOn": [_stream(item) for item in origin.used],
         "prov:wasDerivedFrom": [{"@id": _stream_id(item)} for item in origin.used],
     }
@@ -201,10 +192,19 @@ def _mime(format: Format, compression: Compression) -> str:
     return _MIME[format.name]
 
 
-def _fields(
-    columns: Sequence[Column], parts: Sequence[Part], format: Format, compression: Compression, prefix: str
+def _contents(
+    columns: Sequence[Column],
+    parts: Sequence[Part],
+    format: Format,
+    compression: Compression,
+    prefix: str,
+    *,
+    ordered: bool,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The file sets, and the record set's fields, which are taken from them."""
+    """The file sets, and the record sets whose fields are taken from them: one of all samples, or one for each member of WebDataset's."""
+    total = sum(part.rows for part in parts)
+    each = f"One record per sample, {total} in all, each once"
+    each += ", in the order in which they were first chosen." if ordered else ", in the order of the stream."
     if format.name != "webdataset":
         pattern = f"{format.folder}/*" if format.folder else f"shard.*{format.suffixes[compression.kind]}"
         files = {
@@ -215,18 +215,21 @@ def _fields(
             "encodingFormat": _MIME[format.name],
             "includes": pattern,
         }
-        return [files], [
-            _field(c, format, prefix, {"fileSet": {"@id": "shards"}, "extract": {"column": c.name}}) for c in columns
+        fields = [
+            _field("samples", c, format, prefix, {"fileSet": {"@id": "shards"}, "extract": {"column": c.name}})
+            for c in columns
         ]
+        return [files], [_record_set("samples", each, fields)]
 
     from udsstream.curate.to_webdataset import member
 
-    sets: dict[str, dict[str, Any]] = {}
-    fields = []
+    members: dict[str, list[Column]] = {}
     for column in columns:
-        name = member(column)
-        sets.setdefault(
-            name,
+        members.setdefault(member(column), []).append(column)
+    sets, records = [], []
+    for name, held in members.items():
+        source = {"fileSet": {"@id": f"members-{name}"}}
+        sets.append(
             {
                 "@type": "cr:FileSet",
                 "@id": f"members-{name}",
@@ -235,11 +238,28 @@ def _fields(
                 "containedIn": [{"@id": part.name} for part in parts],
                 "encodingFormat": _member_mime(name),
                 "includes": f"*.{name}",
-            },
+            }
         )
-        extract = {"jsonPath": f"$.{column.name}"} if column.added else {"fileProperty": "content"}
-        fields.append(_field(column, format, prefix, {"fileSet": {"@id": f"members-{name}"}, "extract": extract}))
-    return list(sets.values()), fields
+        key = {
+            "@type": "cr:Field",
+            "@id": f"{name}/key",
+            "name": "key",
+            "description": "The sample's key: its id in 12 digits, the same in all members.",
+            "dataType": "sc:Text",
+            "source": source | {"extract": {"fileProperty": "filename"}, "transform": {"regex": "([0-9]+)\\..*"}},
+        }
+        fields = []
+        for column in held:
+            extract = {"jsonPath": f"$.{column.name}"} if column.added else {"fileProperty": "content"}
+            fields.append(_field(name, column, format, prefix, source | {"extract": extract}))
+        records.append(
+            _record_set(name, f"{each} Its members KEY.{name}.", [key, *fields]) | {"key": {"@id": f"{name}/key"}}
+        )
+    return sets, records
+
+
+def _record_set(name: str, description: str, fields: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, "description": description, "field": fields}
 
 
 def _member_mime(name: str) -> str:
@@ -253,7 +273,7 @@ def _member_mime(name: str) -> str:
     return kinds.get(name.rpartition(".")[2], "application/octet-stream")
 
 
-def _field(column: Column, format: Format, prefix: str, source: dict[str, Any]) -> dict[str, Any]:
+def _field(records: str, column: Column, format: Format, prefix: str, source: dict[str, Any]) -> dict[str, Any]:
     kind = column.kind
     types = {
         "text": "sc:Text",
@@ -269,8 +289,6 @@ def _field(column: Column, format: Format, prefix: str, source: dict[str, Any]) 
     croissant_type = types.get(kind) or "cr:" + base.replace("uint", "UInt").replace("int", "Int").replace(
         "float", "Float"
     )
-    if kind == "json" and format.name == "jsonl":
-        croissant_type = "sc:StructuredValue"
     meaning = f"Encoding in MDS: {column.encoding}."
     if column.added:
         meaning = ADDED[column.name[len(prefix) :]][1].capitalize() + "."
@@ -280,7 +298,7 @@ def _field(column: Column, format: Format, prefix: str, source: dict[str, Any]) 
         meaning += ' Bytes, as {"base64": "…"}.'
     field: dict[str, Any] = {
         "@type": "cr:Field",
-        "@id": f"samples/{column.name}",
+        "@id": f"{records}/{column.name}",
         "name": column.name,
         "description": meaning,
         "dataType": croissant_type,

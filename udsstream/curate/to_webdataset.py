@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -71,7 +70,7 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
             compress=False,
             encoder=False,
             keep_meta=True,
-            format=tarfile.PAX_FORMAT,
+            format="PAX_FORMAT",
         )
         with writer:
             for row in rows:
