@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from composer.models import HuggingFaceModel
 from composer.utils import dist, reproducibility
 from peft import LoraConfig
 from streaming import MDSWriter, Stream
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,6 +75,10 @@ def llama(*, dropout: float = 0.1, lora: bool = False, tie: bool = False, seed: 
     return HuggingFaceModel(LlamaForCausalLM(config), None, shift_labels=True, peft_config=adapters)
 
 
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TinyRun:
     """The settings of one run; picklable, so that another process can be told to do it."""
@@ -96,6 +101,8 @@ class TinyRun:
     log: bool = True
     by_tokens: bool = False
     """Weight microbatches by their tokens, so that the loss does not depend on how rows are put together."""
+    shard: Literal["full", "sharded"] | None = None
+    """Shard the parameters over the ranks (FSDP2), and save checkpoints of this kind."""
 
     def trainer(self, *, replay: ReplaySelection | None = None, **overrides: Any) -> Trainer:
         """Builds the Trainer; `overrides` go to it as they are. `replay`: reads what that algorithm's log names, instead of selecting."""
@@ -136,11 +143,20 @@ class TinyRun:
                 "save_overwrite": self.autoresume,
                 "autoresume": self.autoresume,
             }
+        if self.shard is not None:
+            from composer.utils.parallelism import FSDP2Config
+
+            checkpoints["parallelism_config"] = {"fsdp": FSDP2Config(state_dict_type=self.shard)}
         settings = {
             "model": model,
             "train_dataloader": DataSpec(loader, get_num_tokens_in_batch=num_tokens) if self.by_tokens else loader,
             "accumulate_train_batch_on_tokens": self.by_tokens,
-            "optimizers": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr),
+            # gloo knows no mean: FSDP2's gradients are sums over the ranks there, which Adam does not see but for its ε.
+            "optimizers": torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad],
+                lr=self.lr,
+                eps=1e-8 * (1 if self.shard is None else dist.get_world_size()),
+            ),
             "max_duration": self.duration,
             "algorithms": algorithms,
             "device": "cpu",
@@ -161,7 +177,7 @@ class TinyRun:
         ):  # else it was killed after its last checkpoint; Composer would refuse
             trainer.fit()
         model = unwrapped(trainer.state.model)
-        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        weights = {name: _whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
         trainer.close()
         return weights
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from composer.core import Callback, State, TimeUnit
+from composer.core import Callback, TimeUnit
 from composer.loggers import InMemoryLogger
 from tiny import TinyRun, collate, llama, write_stream
 from torch.utils.data import DataLoader
@@ -349,14 +349,6 @@ def test_a_score_that_is_not_a_number_names_its_sample_and_nothing_is_recorded(s
     with pytest.raises(ScoreError, match=r"scores are not finite: nan for sample \d+ \(position \d\)"):
         train(run, model=model)
     assert len(SelectionLog.open(tmp_path / "log").steps()) == 0
-
-
-def test_sharded_parameters_are_refused(streams, tmp_path, monkeypatch):
-    monkeypatch.setattr(State, "fsdp_enabled", True)
-    with pytest.raises(
-        ConfigError, match=r"sharded parameters \(FSDP\) is not supported yet: .* train with DistributedDataParallel"
-    ):
-        TinyRun(streams=streams, folder=str(tmp_path), duration="2ba").run()
 
 
 def test_trimming_equals_collating_the_kept_rows_alone(streams):

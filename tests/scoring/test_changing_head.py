@@ -151,7 +151,7 @@ def score(scorer: CandidateScorer, model, tokens: torch.Tensor, version) -> floa
     """The score that is found, once it is that of the model's own logits now."""
     with torch.no_grad():
         output = model(tokens, output_hidden_states=True)
-    weight, bias = weight_and_bias(model.get_output_embeddings())
+    weight, bias, _ = weight_and_bias(model.get_output_embeddings())
     found = scorer.score_hidden([output.hidden_states[-1][0]], LMHead(weight=weight, bias=bias), version=version)
     assert oracles.relative_error(found.intra[0], oracles.nuclear_norm(output.logits[0])) < CEILING
     return float(found.intra[0])

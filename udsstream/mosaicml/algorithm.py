@@ -8,8 +8,8 @@ stands in `selector.py`, what a score is in `udsstream/scoring`, how a batch is 
 Counting: Composer counts samples and tokens before selection, so time, schedules in samples or tokens and throughput count
 *candidates*. State schedules and budgets in batches ("ba").
 
-With several ranks every event runs on each of them; what they must tell each other stands in `ranks.py`. What is not here: sharded
-parameters (refused with an error).
+With several ranks every event runs on each of them; what they must tell each other stands in `ranks.py`, what sharded parameters need in
+`sharding.py`.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class OnlineBatchSelection(Algorithm):
         self._check_batch_size(state)
         self._check_set_up(state)
         model = unwrapped(state.model)
-        self.selector = CandidateSelector(self.config, model, **self._module_names)
+        self.selector = CandidateSelector.of_trainer(self.config, state, **self._module_names)
         self._step = state.timestamp.batch.value
         dataset = streaming_dataset_of(state.train_dataloader)
         self._streams = stream_identities(dataset) if dataset is not None else []
@@ -274,7 +274,7 @@ class OnlineBatchSelection(Algorithm):
         self._remember(state, decision)
         recorded = time.perf_counter()
         if decision.selected:
-            state.batch = kept_batch(state.batch, decision.order, decision.kept, device=state.device)
+            state.batch = kept_batch(state.batch, decision.order, decision.kept)
         self._step = state.timestamp.batch.value + 1
         self._times = (began, decided, recorded)
         seconds = {"selection/seconds": decided - began, "selection/log_seconds": recorded - decided}
@@ -320,7 +320,7 @@ class OnlineBatchSelection(Algorithm):
         """Which of the candidates in `state.batch` are kept, and why. Changes nothing."""
         assert self.selector is not None
         return self.selector.decide(
-            state,
+            state.batch,
             selects=selects_now(state, self.config),
             epoch=state.timestamp.epoch.value,
             batch_in_epoch=state.timestamp.batch_in_epoch.value,
@@ -437,11 +437,6 @@ class OnlineBatchSelection(Algorithm):
     # Checks -----------------------------------------------------------------------------------------------------------
 
     def _check_set_up(self, state: State) -> None:
-        if state.fsdp_enabled:
-            raise ConfigError(
-                "selection with sharded parameters (FSDP) is not supported yet: scoring stops the forward before the head, which FSDP's "
-                "bookkeeping does not bear; train with DistributedDataParallel (no parallelism_config), or with LoRA on a model that fits"
-            )
         dataset = streaming_dataset_of(state.train_dataloader)
         if dataset is not None and (dataset.replication or 1) > 1:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """One step's decision, and the two forms in which it leaves the algorithm: the log's columns and the run's metrics.
 
-B candidates of all ranks in canonical order, B_r of one rank, d components of an embedding
+B candidates of all ranks in canonical order, d components of an embedding
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from streaming import StreamingDataset
 from torch import Tensor
 
-from udsstream.mosaicml.dataset import locate
+from udsstream.mosaicml.dataset import SampleSource, locate
 from udsstream.mosaicml.ranks import CanonicalOrder
 
 __all__ = ["Decision"]
@@ -19,8 +18,7 @@ __all__ = ["Decision"]
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The candidates of one step, of all ranks in canonical order, and what became of them. Tensors are on the host, but for the
-    embeddings."""
+    """The candidates of one step, of all ranks in canonical order, and what became of them. Tensors are on the host."""
 
     order: CanonicalOrder
     """Whose each candidate is."""
@@ -36,7 +34,7 @@ class Decision:
     inter: Tensor | None = None
     """(B,) float32; None for methods that have none."""
     embeddings: Tensor | None = None
-    """(B_r, d) float32: those of this rank's own candidates, in the order of its batch; None for methods that have none."""
+    """(B, d) float32; None for methods that have none."""
 
     @property
     def selected(self) -> bool:
@@ -44,7 +42,7 @@ class Decision:
         return self.scores is not None
 
     def columns(
-        self, *, rank: int, epoch: int, sample_in_epoch: int, dataset: StreamingDataset | None
+        self, *, rank: int, epoch: int, sample_in_epoch: int, source: SampleSource | None
     ) -> dict[str, np.ndarray]:
         """The columns of the selection log that the writer does not fill itself, for the candidates of one rank.
 
@@ -52,7 +50,7 @@ class Decision:
             rank: whose candidates.
             epoch: of this step.
             sample_in_epoch: candidates seen in this epoch before this step.
-            dataset: tells in which stream and shard a sample lies; None leaves these columns null.
+            source: tells in which stream and shard a sample lies; None leaves these columns null.
         """
         count = len(self.sample_ids)
         selected = np.zeros(count, dtype=bool)
@@ -69,8 +67,8 @@ class Decision:
             "selected": selected,
             "train_order": train_order,
         }
-        if dataset is not None:
-            place = locate(dataset, self.sample_ids)
+        if source is not None:
+            place = locate(source, self.sample_ids)
             columns["stream"] = place.stream.astype(np.int16)
             columns["shard"] = place.shard.astype(np.int32)
             columns["shard_index"] = place.index.astype(np.int32)

@@ -12,6 +12,8 @@ from collections.abc import Hashable
 from torch import Tensor, nn
 
 from udsstream.errors import ModelError
+from udsstream.mosaicml.sharding import in_rows, own_rows, version_parts
+from udsstream.scoring.lm_head import VocabularyShard
 
 __all__ = ["find_head", "head_version", "named_module", "vocab_size_of", "weight_and_bias"]
 
@@ -62,14 +64,17 @@ def head_version(module: nn.Module) -> Hashable:
     parameters = [*module.parameters(), *module.buffers()]
     if any(parameter.requires_grad for parameter in parameters):
         return None
-    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+    weights = tuple(version_parts(parameter) for parameter in parameters)
     # peft merges and switches adapters without a write that the version counters see.
     switches = ("merged_adapters", "disable_adapters", "active_adapters", "scaling")
     return weights, repr([getattr(module, switch, None) for switch in switches])
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The head's weight (V, D) as it is now, LoRA adapters included, and its bias (V,). ModelError: it is no such matrix."""
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    """The head's weight (V, D) as it is now, LoRA adapters included, its bias (V,), and which rows both are when they are sharded.
+
+    ModelError: it is no such matrix, or cut otherwise. With adapters on a sharded head a collective.
+    """
     module = _trained_copy(module)
     base = _base_layer(module)
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
@@ -97,8 +102,9 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             )
         for adapter in _active_adapters(module):
             delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
-            weight = weight + delta.to(weight.dtype)
-    return weight, bias
+            weight = weight + in_rows(delta.to(weight.dtype), weight)
+    rows, shard = own_rows(weight)
+    return rows, None if bias is None else own_rows(bias)[0], shard
 
 
 def _base_layer(module: nn.Module) -> nn.Module:

@@ -7,12 +7,13 @@ global batch of one rank is put together again by taking the ranks' first rows, 
 node p comes at place (j·Q + q)·P + p for P nodes of Q ranks. Ties, the memory and the log follow this order, which does not depend on
 the number of ranks.
 
-*Per step* each rank takes part in two collectives (`gather_candidates`, `gather_embeddings`), and sends or receives only those kept rows
-that must change their rank for all to train on the same number.
+*Per step* each rank takes part in one collective on the training device (`gather_candidates`), waits for that device once (`fetch`), and
+sends or receives, from host to host, only those kept rows that must change their rank for all to train on the same number.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,12 +21,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed
-from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor
 
 from udsstream.errors import DataError, RankError, UdsstreamError
 from udsstream.mosaicml.batch import join_rows, split_rows, take_rows, trim_padding
+from udsstream.scoring.scorer import CandidateScores
 
 T = TypeVar("T")
 
@@ -36,9 +37,11 @@ __all__ = [
     "canonical_order",
     "check_same_memory",
     "exchange",
+    "fetch",
     "from_rank_zero",
     "gather_candidates",
-    "gather_embeddings",
+    "greatest_over_ranks",
+    "host_group",
     "kept_batch",
     "moves",
     "on_rank_zero",
@@ -74,81 +77,82 @@ def canonical_order(counts: Sequence[int], ranks_per_node: int) -> CanonicalOrde
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatheredCandidates:
-    """What every rank knows of all B candidates, in canonical order."""
+    """What every rank knows of all B candidates, in canonical order. Tensors are float32 on the host."""
 
     order: CanonicalOrder
     sample_ids: list[int]
     lengths: list[int]
     intra: Tensor
-    """(B,) float32 on the host."""
+    """(B,)."""
     inter: Tensor
-    """(B,) float32 on the host."""
+    """(B,)."""
+    embeddings: Tensor | None
+    """(B, d)."""
+
+
+def fetch(tensor: Tensor) -> Tensor:
+    """The tensor on the host. The one place where a step waits for its device."""
+    return tensor.cpu()
 
 
 def gather_candidates(
     sample_ids: Sequence[int],
     lengths: Sequence[int],
-    intra: Tensor,
-    inter: Tensor,
+    scored: CandidateScores | None,
+    inter: Tensor | None,
     *,
     capacity: int,
     device: torch.device,
 ) -> GatheredCandidates:
-    """One collective of (capacity + 1) · 24 bytes a rank: every rank must call it.
+    """One collective of (capacity + 1) · (20 + 4d) bytes a rank, and one wait for the device: every rank must call it.
+
+    With one rank nothing is sent.
 
     Args:
         sample_ids, lengths: of this rank's candidates, B_r each.
-        intra, inter: (B_r,) float32.
+        scored: `intra` and embeddings of the same; None where the method has none.
+        inter: (B_r,) float32; None where the method has none.
         capacity: the most candidates that any rank has, the same number on all.
-        device: that the process group communicates on.
+        device: of the scores, and that the process group communicates on.
+
+    Raises:
+        DataError: a rank has more candidates than `capacity`.
     """
-    count = len(sample_ids)
-    message = torch.zeros(capacity + 1, 3, dtype=torch.int64)
-    message[0, 0] = count
-    if count <= capacity:
-        message[1 : count + 1, 0] = torch.tensor(sample_ids, dtype=torch.int64)
-        message[1 : count + 1, 1] = torch.tensor(lengths, dtype=torch.int64)
-        values = torch.stack([intra.float().cpu(), inter.float().cpu()], dim=1).contiguous()
-        message[1 : count + 1, 2] = values.view(torch.int64).flatten()
-    gathered = torch.stack([part.cpu() for part in dist.all_gather(message.to(device))])
-    counts: list[int] = gathered[:, 0, 0].tolist()
-    if max(counts) > capacity:
-        raise DataError(
-            f"the ranks' batches have {counts} candidates, but the first ones had {capacity} at most; let the data loader yield batches "
-            "of one size, but for an incomplete last one"
-        )
-    order = canonical_order(counts, dist.get_local_world_size())
-    rows = gathered[torch.from_numpy(order.rank), torch.from_numpy(order.row) + 1]
-    scores = rows[:, 2].contiguous().view(torch.float32).reshape(-1, 2)
+    count, ranks = len(sample_ids), dist.get_world_size()
+    numbers = torch.empty(count, 0, device=device)
+    if scored is not None and inter is not None:
+        numbers = torch.cat([torch.stack([scored.intra, inter], dim=1), scored.embeddings], dim=1).float()
+    if ranks == 1:
+        order, host = canonical_order([count], 1), numbers if scored is None else fetch(numbers)
+        ids, tokens = list(sample_ids), list(lengths)
+    else:
+        # Numbers travel as their bits, so that ids of 64 of them fit beside: id (2), tokens, and whatever was scored.
+        facts = torch.zeros(capacity + 1, 3, dtype=torch.int32)
+        facts[0, 0] = count
+        if count <= capacity:
+            facts[1 : count + 1, :2] = torch.tensor(sample_ids, dtype=torch.int64)[:, None].view(torch.int32)
+            facts[1 : count + 1, 2] = torch.tensor(lengths, dtype=torch.int32)
+        message = torch.zeros(capacity + 1, 3 + numbers.shape[1], dtype=torch.int32, device=device)
+        message[:, :3] = facts.to(device)
+        if count <= capacity:
+            message[1 : count + 1, 3:] = numbers.contiguous().view(torch.int32)
+        gathered = fetch(torch.stack(list(dist.all_gather(message))))
+        counts: list[int] = gathered[:, 0, 0].tolist()
+        if max(counts) > capacity:
+            raise DataError(
+                f"the ranks' batches have {counts} candidates, but the first ones had {capacity} at most; let the data loader yield "
+                "batches of one size, but for an incomplete last one"
+            )
+        order = canonical_order(counts, dist.get_local_world_size())
+        rows = gathered[torch.from_numpy(order.rank), torch.from_numpy(order.row) + 1]
+        ids, tokens = rows[:, :2].contiguous().view(torch.int64).flatten().tolist(), rows[:, 2].tolist()
+        host = rows[:, 3:].contiguous().view(torch.float32)
+    known = {"order": order, "sample_ids": ids, "lengths": tokens}
+    if scored is None:
+        return GatheredCandidates(**known, intra=torch.zeros(len(ids)), inter=torch.zeros(len(ids)), embeddings=None)
     return GatheredCandidates(
-        order=order,
-        sample_ids=rows[:, 0].tolist(),
-        lengths=rows[:, 1].tolist(),
-        intra=scores[:, 0].contiguous(),
-        inter=scores[:, 1].contiguous(),
+        **known, intra=host[:, 0].contiguous(), inter=host[:, 1].contiguous(), embeddings=host[:, 2:].contiguous()
     )
-
-
-def gather_embeddings(
-    embeddings: Tensor, order: CanonicalOrder, kept: Sequence[int], *, device: torch.device
-) -> Tensor:
-    """This rank's embeddings (B_r, d) → those of all kept candidates (K, d) float32 on the host, in canonical order.
-
-    One collective of (most kept candidates of one rank) · 4d bytes a rank: every rank must call it.
-    """
-    places = np.asarray(kept, dtype=np.int64)
-    owners, rows = order.rank[places], order.row[places]
-    mine = embeddings[torch.from_numpy(rows[owners == dist.get_global_rank()]).to(embeddings.device)].float()
-    counts = np.bincount(owners, minlength=dist.get_world_size())
-    message = torch.zeros(int(counts.max()), embeddings.shape[1], device=device)
-    message[: len(mine)] = mine.to(device)
-    gathered = torch.stack([part.cpu() for part in dist.all_gather(message)])
-    # The j-th kept candidate of a rank, in the order of its batch, lies in row j of its message.
-    place_in_message = np.empty(len(places), dtype=np.int64)
-    for rank in range(len(counts)):
-        of_rank = np.flatnonzero(owners == rank)
-        place_in_message[of_rank[np.argsort(rows[of_rank], kind="stable")]] = np.arange(len(of_rank))
-    return gathered[torch.from_numpy(owners), torch.from_numpy(place_in_message)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,30 +187,26 @@ def shares(order: CanonicalOrder, kept: Sequence[int], ranks: int) -> list[list[
     return [sorted(place for place, rank in trained.items() if rank == here) for here in range(ranks)]
 
 
-def exchange(
-    rows: Mapping[int, Mapping[str, Any]], planned: Sequence[Move], *, device: torch.device
-) -> dict[int, dict[str, Any]]:
+def exchange(rows: Mapping[int, Mapping[str, Any]], planned: Sequence[Move]) -> dict[int, dict[str, Any]]:
     """Sends this rank's rows that move away, and returns those that come: canonical place → row. Every rank must call it.
 
     Args:
         rows: canonical place → row, at least of those that this rank sends.
         planned: the moves, the same on all ranks; done one after the other, so that no two ranks wait for each other.
     """
-    here = dist.get_global_rank()
+    here, group, device = dist.get_global_rank(), host_group(), torch.device("cpu")
     received: dict[int, dict[str, Any]] = {}
     for move in planned:
         if move.source == here:
-            torch.distributed.send_object_list([rows[move.place]], dst=move.target, device=device)
+            torch.distributed.send_object_list([rows[move.place]], dst=move.target, group=group, device=device)
         elif move.target == here:
             box: list[Any] = [None]
-            torch.distributed.recv_object_list(box, src=move.source, device=device)
+            torch.distributed.recv_object_list(box, src=move.source, group=group, device=device)
             received[move.place] = box[0]
     return received
 
 
-def kept_batch(
-    batch: Mapping[str, Any], order: CanonicalOrder, kept: Sequence[int], *, device: Device
-) -> dict[str, Any]:
+def kept_batch(batch: Mapping[str, Any], order: CanonicalOrder, kept: Sequence[int]) -> dict[str, Any]:
     """What this rank trains on: its share of the kept candidates, in canonical order, trimmed to the longest. Every rank must call it.
 
     With one rank nothing is sent, and the rows are cut from the batch as they lie.
@@ -217,15 +217,31 @@ def kept_batch(
     planned = moves(order, kept, ranks)
     own = [place for place in kept if order.rank[place] == here]
     rows = dict(zip(own, split_rows(batch, order.row[own].tolist()), strict=True))
-    on = torch.device("cpu") if device.dist_backend == "gloo" else torch_device(device)
-    received = exchange(rows, planned, device=on)
+    received = exchange(rows, planned)
     share = shares(order, kept, ranks)[here]
     return join_rows([(received.get(place) or rows[place]) for place in share], batch)
 
 
-def torch_device(device: Device) -> torch.device:
-    """The torch device of a Composer device."""
-    return device.tensor_to_device(torch.empty(0)).device
+def host_group() -> torch.distributed.ProcessGroup | None:
+    """The process group for what lies on the host; None: the default one will do. A collective when first called.
+
+    A batch is on the host when it is chosen from: to send its rows over NCCL would be to copy them to the device and wait for it.
+    """
+    return _host_group(torch.distributed.group.WORLD)
+
+
+@functools.cache
+def _host_group(default: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup | None:
+    return None if "gloo" in torch.distributed.get_backend(default) else torch.distributed.new_group(backend="gloo")
+
+
+def greatest_over_ranks(numbers: Sequence[int]) -> list[int]:
+    """The greatest of each of these numbers over all ranks, which touches no device. A collective: every rank must call it."""
+    if dist.get_world_size() == 1:
+        return list(numbers)
+    greatest = torch.tensor(numbers, dtype=torch.int64)
+    torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX, group=host_group())
+    return greatest.tolist()
 
 
 def from_rank_zero(value: T) -> T:

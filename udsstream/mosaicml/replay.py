@@ -252,7 +252,7 @@ class ReplaySelection(Algorithm):
         for line in self.differences:
             log.warning("This replay differs from the run, so equal weights are not to be expected: %s", line)
         if self.verify and self._selector is None:
-            self._selector = self._selector_of_the_run(model)
+            self._selector = self._selector_of_the_run(state)
         self._go_to(state)
 
     def _on_epoch_start(self, state: State, logger: Logger) -> None:
@@ -274,7 +274,7 @@ class ReplaySelection(Algorithm):
         if self.verify:
             metrics |= self._decide_again(state, logged)
             if logged.scored:
-                state.batch = kept_batch(state.batch, logged.order, logged.kept, device=state.device)
+                state.batch = kept_batch(state.batch, logged.order, logged.kept)
         elif logged.scored:
             state.batch = trim_padding(state.batch)
         logger.log_metrics(metrics)
@@ -316,7 +316,7 @@ class ReplaySelection(Algorithm):
         assert self._selector is not None
         assert self.tally is not None
         decision = self._selector.decide(
-            state, selects=logged.scored, epoch=logged.epoch, batch_in_epoch=logged.batch_in_epoch
+            state.batch, selects=logged.scored, epoch=logged.epoch, batch_in_epoch=logged.batch_in_epoch
         )
         if not logged.scored:
             self.tally.unscored += 1
@@ -389,11 +389,11 @@ class ReplaySelection(Algorithm):
             lines.append(f"it begins at step {self.offset} without the checkpoint that the run had saved there")
         return lines
 
-    def _selector_of_the_run(self, model: Any) -> CandidateSelector:
+    def _selector_of_the_run(self, state: State) -> CandidateSelector:
         """A selector with the settings and the memory that the run had before the first step of this replay."""
         run = self.log.run
         config = SelectionConfig(**run["selection"])
-        selector = CandidateSelector(config, model, **self._module_names)
+        selector = CandidateSelector.of_trainer(config, state, **self._module_names)
         if self._memory is not None:
             selector.restore_memory(self._memory)
         elif self.offset > 0:

@@ -5,18 +5,21 @@ nothing, neither the model nor the memory: what was trained on enters the memory
 
 With several ranks each scores its own candidates, and all come to the same decision over the global batch (`ranks.py`).
 
+Per step the host waits for the device once, when all that was scored comes to it (`ranks.fetch`).
+
     B candidates of all ranks, B_r of this one, K kept, d components of an embedding
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from composer.core import State, get_precision_context
+from composer.core import Precision, State, get_precision_context
+from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,15 +29,14 @@ from udsstream.mosaicml.batch import check_candidates, real_tokens, sample_ids_o
 from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.ranks import (
     CanonicalOrder,
-    GatheredCandidates,
-    canonical_order,
     from_rank_zero,
     gather_candidates,
-    gather_embeddings,
+    greatest_over_ranks,
 )
 from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutral
 from udsstream.scoring import methods
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
+from udsstream.scoring.lm_head import LMHead
 from udsstream.scoring.projection import BilinearProjection
 from udsstream.scoring.scorer import CandidateScorer, CandidateScores
 from udsstream.scoring.select import check_finite, top_k
@@ -64,6 +66,8 @@ class CandidateSelector:
     Args:
         config: the selection's settings.
         model: as it is trained, unwrapped.
+        device: that batches are scored on.
+        precision, precision_config: of the scoring forward; Composer's terms, as training's.
         trunk, head: dotted names of modules, see `OnlineBatchSelection`.
 
     Attributes:
@@ -76,8 +80,20 @@ class CandidateSelector:
         ModelError: the model has no trunk and head that can be told apart.
     """
 
-    def __init__(self, config: SelectionConfig, model: nn.Module, *, trunk: str | None, head: str | None) -> None:
+    def __init__(
+        self,
+        config: SelectionConfig,
+        model: nn.Module,
+        *,
+        device: Device,
+        precision: Precision = Precision.FP32,
+        precision_config: dict[str, Any] | None = None,
+        trunk: str | None = None,
+        head: str | None = None,
+    ) -> None:
         self.config = config
+        self._to_device = device
+        self._precision = (precision, precision_config)
         self._parts = ModelParts(model, trunk=trunk, head=head)
         self.vocab_size = self._parts.vocab_size
         self.alpha = config.resolved_alpha(self.vocab_size)
@@ -91,8 +107,26 @@ class CandidateSelector:
         self._scorer = CandidateScorer(self.projection, length_norm=config.length_norm)
         self._form: ScoringForm | None = None
         self._capacity: int | None = None
+        self._scored_steps = 0
+        self._last_version: Hashable = None
+        self._changes = 0
         self._device = next(model.parameters()).device
         self.buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=self._device)
+
+    @classmethod
+    def of_trainer(
+        cls, config: SelectionConfig, state: State, *, trunk: str | None, head: str | None
+    ) -> CandidateSelector:
+        """For the model that a Trainer trains, on its device and in its precision."""
+        return cls(
+            config,
+            unwrapped(state.model),
+            device=state.device,
+            precision=state.precision,
+            precision_config=state.precision_config,
+            trunk=trunk,
+            head=head,
+        )
 
     # The memory -------------------------------------------------------------------------------------------------------
 
@@ -120,10 +154,11 @@ class CandidateSelector:
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def decide(self, state: State, *, selects: bool, epoch: int, batch_in_epoch: int) -> Decision:
-        """Which of the candidates in `state.batch` are kept, and why. Changes nothing.
+    def decide(self, batch: Mapping[str, Any], *, selects: bool, epoch: int, batch_in_epoch: int) -> Decision:
+        """Which of the candidates of all ranks' batches are kept, and why. Changes nothing. Every rank must call it.
 
         Args:
+            batch: this rank's candidates, on the host, as its data loader yields them.
             selects: whether selection is on at this step; all candidates are kept where it is not.
             epoch, batch_in_epoch: coordinates of `method="random"`'s draw.
 
@@ -131,17 +166,15 @@ class CandidateSelector:
             DataError: the batch cannot be scored or trained on.
             ScoreError: a score is not a finite number.
         """
-        ids = sample_ids_of(state.batch)
-        mask = real_tokens(state.batch)
-        lengths = check_candidates(state.batch, mask, ids, self.config.max_seq_len)
-        nothing = torch.zeros(len(ids))
-        intra, inter, embeddings = nothing, nothing, None
+        ids = sample_ids_of(batch)
+        mask = real_tokens(batch)
+        lengths = check_candidates(batch, mask, ids, self.config.max_seq_len)
         has_terms = selects and self.config.method != "random"
-        if has_terms:
-            scored = self._score(state, mask, lengths)
-            embeddings = scored.embeddings
-            intra, inter = scored.intra.cpu(), self.buffer.mean_distance(embeddings).cpu()
-        known = self._gather(ids, lengths, intra, inter, state)
+        scored = self._score(batch, mask, lengths) if has_terms else None
+        inter = self.buffer.mean_distance(scored.embeddings) if scored is not None else None
+        if self._capacity is None:
+            [self._capacity] = greatest_over_ranks([len(ids)])
+        known = gather_candidates(ids, lengths, scored, inter, capacity=self._capacity, device=self._device)
         everyone = {"order": known.order, "sample_ids": known.sample_ids, "lengths": known.lengths}
         if not selects:
             return Decision(**everyone, kept=list(range(len(known.order))))
@@ -156,21 +189,18 @@ class CandidateSelector:
             scores=scores,
             intra=known.intra if has_terms else None,
             inter=known.inter if has_terms else None,
-            embeddings=embeddings,
+            embeddings=known.embeddings,
         )
 
     def remember(self, decision: Decision, kept: Sequence[int]) -> Tensor | None:
-        """Adds the embeddings of the kept candidates, of all ranks, to the memory. Every rank must call it.
+        """Adds the embeddings of the kept candidates, of all ranks, to the memory.
 
         Returns:
             (K, d) float32 on the host, in the order in which they entered; None where the method has none.
         """
         if decision.embeddings is None:
             return None
-        if dist.get_world_size() == 1:
-            rows = decision.embeddings[list(kept)].float().cpu()
-        else:
-            rows = gather_embeddings(decision.embeddings, decision.order, kept, device=self._device)
+        rows = decision.embeddings[list(kept)]
         self.buffer.push(rows)
         return rows
 
@@ -186,48 +216,64 @@ class CandidateSelector:
             chosen += own[top_k(scores[torch.from_numpy(own)], kept // ranks).numpy()].tolist()
         return sorted(chosen)
 
-    def _gather(
-        self, ids: list[int], lengths: list[int], intra: Tensor, inter: Tensor, state: State
-    ) -> GatheredCandidates:
-        if dist.get_world_size() == 1:
-            order = canonical_order([len(ids)], 1)
-            return GatheredCandidates(order=order, sample_ids=ids, lengths=lengths, intra=intra, inter=inter)
-        if self._capacity is None:
-            most = state.device.tensor_to_device(torch.tensor([len(ids)]))
-            dist.all_reduce(most, reduce_operation="MAX")
-            self._capacity = int(most)
-        return gather_candidates(ids, lengths, intra, inter, capacity=self._capacity, device=self._device)
-
-    def _score(self, state: State, mask: Tensor, lengths: list[int]) -> CandidateScores:
-        """intra (B,) and embeddings (B, d) of the candidates, in their order."""
+    def _score(self, batch: Mapping[str, Any], mask: Tensor, lengths: list[int]) -> CandidateScores:
+        """intra (B_r,) and embeddings (B_r, d) of this rank's candidates, in their order."""
         parts = self._parts
         intra: list[Tensor] = [torch.empty(0)] * len(lengths)
         embeddings: list[Tensor] = [torch.empty(0)] * len(lengths)
-        with neutral(parts.model), get_precision_context(state.precision, state.precision_config):
-            for rows, packed in scoring_microbatches(
-                state.batch,
+        runs = list(
+            scoring_microbatches(
+                batch,
                 mask,
                 lengths,
                 self.config.score_microbatch_tokens,
-                forward_cost=forward_cost(self._device),
-            ):
-                on_device = state.device.batch_to_device(packed)
-                if self._form is None:
-                    # Each rank has looked at another candidate, but all must score alike.
-                    self._form = from_rank_zero(choose_form(parts, on_device))
-                    log.info("Candidates are scored as %s.", self._form)
-                matrices = self._matrices(on_device, self._form)
+                forward_cost=None if parts.is_sharded else forward_cost(self._device),
+            )
+        )
+        with neutral(parts.model), get_precision_context(*self._precision):
+            if self._form is None:
+                # Each rank has looked at another candidate, but all must score alike. (Of a batch smaller than the number of ranks the
+                # last ones have none.)
+                found = choose_form(parts, self._to_device.batch_to_device(runs[0][1])) if runs else None
+                self._form = from_rank_zero(found)
+                assert self._form is not None, "rank 0 has the first candidate of every batch"
+                log.info("Candidates are scored as %s.", self._form)
+            head, version = self._head_of_step(self._form, lengths)
+            if parts.is_sharded:
+                # Each forward gathers the weights from all ranks, so all must make as many: the last one again, to no effect. And what was
+                # kept of the head is made anew on all ranks or on none.
+                [most, changed] = greatest_over_ranks([len(runs), version != self._last_version])
+                runs += runs[-1:] * (most - len(runs))
+                self._last_version = version
+                self._changes += changed
+                version = ("changes", self._changes)
+            for rows, packed in runs:
+                matrices = self._matrices(self._to_device.batch_to_device(packed), self._form)
                 unpadded = [matrices[place, : lengths[row]] for place, row in enumerate(rows)]
                 # The scores' own arithmetic is not to be autocast: float32 throughout.
                 with torch.autocast(device_type=matrices.device.type, enabled=False):
-                    if self._form.form == "logits":
+                    if head is None:
                         part = self._scorer.score_logits(unpadded)
                     else:
-                        part = self._scorer.score_hidden(unpadded, parts.head(self._form), version=parts.head_version())
+                        part = self._scorer.score_hidden(unpadded, head, version=version)
                 for place, row in enumerate(rows):
                     intra[row] = part.intra[place]
                     embeddings[row] = part.embeddings[place]
+        if not lengths:
+            none = torch.empty(0, self.config.embedding_dim, device=self._device)
+            return CandidateScores(intra=none[:, 0], embeddings=none)
         return CandidateScores(intra=torch.stack(intra), embeddings=torch.stack(embeddings))
+
+    def _head_of_step(self, form: ScoringForm, lengths: list[int]) -> tuple[LMHead | None, Hashable]:
+        """The head as it is at this step, and what its factors are kept by; None where logits are scored."""
+        if form.form == "logits":
+            return None, None
+        head, version = self._parts.head(form), self._parts.head_version()
+        self._scored_steps += 1
+        if version is None and not self._scorer.takes_slices(head, lengths):
+            # It trains, but not within a step: its factors serve all of the step's forwards.
+            version = ("step", self._scored_steps)
+        return head, version
 
     def _matrices(self, packed: Mapping[str, Any], form: ScoringForm) -> Tensor:
         """Hidden states (b, N, D), or logits (b, N, V) where nothing else will do."""

@@ -9,8 +9,10 @@ a module to take the *output* of instead, for a head that is not called as a mod
 That the head's formula (`udsstream/scoring/lm_head.py`) is what the model does with these hidden states is not assumed but checked, once,
 on one candidate, against the model's own logits: `choose_form`.
 
-What is not here: finding the head's module and reading its weight (`head_module.py`), and sharded parameters: the hook's early stop
-would leave FSDP's bookkeeping half done.
+Sharded parameters (FSDP2) are gathered and let go by the forward itself, which must therefore come to its end: the head is run then, on one
+token of each row alone.
+
+What is not here: finding the head's module and reading its weight (`head_module.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from udsstream.errors import ModelError
 from udsstream.mosaicml.head_module import find_head, head_version, named_module, vocab_size_of, weight_and_bias
+from udsstream.mosaicml.sharding import check_sharding, is_sharded, release
 from udsstream.scoring.lm_head import LMHead
 
 __all__ = ["ModelParts", "ScoringForm", "choose_form", "neutral"]
@@ -41,11 +44,7 @@ _CHECKED_TOKENS = 64
 
 
 class _ReachedHead(Exception):
-    """Carries the hidden states out of the forward."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
+    """Ends a forward that has shown its hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +76,14 @@ class ModelParts:
         trunk: dotted name of a module whose output holds the hidden states (B, N, D). None: the head's input is taken.
 
     Raises:
-        ModelError: a named module does not exist, or no head is found.
+        ModelError: a named module does not exist, no head is found, or the model is sharded in a way that cannot be scored.
     """
 
     def __init__(self, model: nn.Module, *, head: str | None = None, trunk: str | None = None) -> None:
+        check_sharding(model)
         self.model = model
+        self.is_sharded = is_sharded(model)
+        """Whether the parameters are sharded over the ranks: then every forward is a collective, and so is reading the head."""
         self.head_module = named_module(model, head, "head") if head is not None else find_head(model)
         self._trunk = named_module(model, trunk, "trunk") if trunk is not None else None
         self._config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
@@ -97,11 +99,17 @@ class ModelParts:
         Raises:
             ModelError: the forward ended without passing the head.
         """
+        seen: list[Tensor] = []
         try:
-            with self._hooked(stop=True):
+            with self._hooked(seen, then="shrink" if self.is_sharded else "stop"):
                 self.model(self._without_cache(batch))
-        except _ReachedHead as reached:
-            return reached.hidden
+        except _ReachedHead:
+            pass
+        finally:
+            if self.is_sharded:
+                release(self.model)
+        if seen:
+            return seen[-1]
         raise ModelError(
             f"the model's forward ended without calling its {'trunk' if self._trunk is not None else 'head'} "
             f"({type(self._trunk or self.head_module).__name__}) as a module, so its hidden states could not be taken; name a module whose "
@@ -111,8 +119,10 @@ class ModelParts:
     def hidden_states_and_logits(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Both from one whole forward; None for what it does not show."""
         seen: list[Tensor] = []
-        with self._hooked(stop=False, seen=seen):
+        with self._hooked(seen, then="go on"):
             output = self.model(self._without_cache(batch))
+        if self.is_sharded:
+            release(self.model)
         return (seen[-1] if seen else None), _logits_of(output)
 
     def head(self, form: ScoringForm) -> LMHead:
@@ -121,8 +131,8 @@ class ModelParts:
         Raises:
             ModelError: the head is of a kind whose weight cannot be read as a matrix.
         """
-        weight, bias = weight_and_bias(self.head_module)
-        return LMHead(weight=weight, bias=bias, scale=form.scale, softcap=form.softcap)
+        weight, bias, shard = weight_and_bias(self.head_module)
+        return LMHead(weight=weight, bias=bias, scale=form.scale, softcap=form.softcap, shard=shard)
 
     def head_version(self) -> Hashable:
         """Changes whenever the head's weight does; None when it trains, since not every optimizer announces its writes."""
@@ -144,26 +154,39 @@ class ModelParts:
     def _without_cache(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         # A Hugging Face model in eval mode fills a key-value cache that nobody reads, unless it is told not to.
         accepts = getattr(self.model, "model_forward_args", ())
-        return {**batch, "use_cache": False} if "use_cache" in accepts else batch
+        batch = {**batch, "use_cache": False} if "use_cache" in accepts else batch
+        if self.is_sharded and "labels" in accepts:
+            # Nobody reads the loss, which the model could not compute for one token of a row.
+            return {key: value for key, value in batch.items() if key != "labels"}
+        return batch
 
     @contextlib.contextmanager
-    def _hooked(self, *, stop: bool, seen: list[Tensor] | None = None) -> Iterator[None]:
-        def take(hidden: Tensor) -> None:
-            if seen is not None:
-                seen.append(hidden)
-            if stop:
-                raise _ReachedHead(hidden)
+    def _hooked(self, seen: list[Tensor], *, then: Literal["stop", "shrink", "go on"]) -> Iterator[None]:
+        """Puts the hidden states (b, N, D) into `seen`; then stops, runs the head on one token of each row, or goes on."""
 
-        if self._trunk is not None:
-            handle = self._trunk.register_forward_hook(lambda _module, _args, output: take(_hidden_of(output)))
-        else:
-            handle = self.head_module.register_forward_pre_hook(
-                lambda _module, args, kwargs: take(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+        def enters_head(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            if self._trunk is None:
+                take(hidden)
+            if then != "shrink":
+                return None
+            return (
+                ((hidden[:, -1:], *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): hidden[:, -1:]})
             )
+
+        def take(hidden: Tensor) -> None:
+            seen.append(hidden)
+            if then == "stop":
+                raise _ReachedHead
+
+        handles = [self.head_module.register_forward_pre_hook(enters_head, with_kwargs=True)]
+        if self._trunk is not None:
+            handles.append(self._trunk.register_forward_hook(lambda _module, _args, output: take(_hidden_of(output))))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
@@ -211,10 +234,10 @@ def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
             trial = ScoringForm(
                 form="hidden_space" if softcap is None else "vocabulary_slices", scale=scale, softcap=softcap
             )
-            formula = parts.head(trial).logits(hidden[0])
-            if formula.shape != logits[0].shape:
+            head = parts.head(trial)
+            if head.vocab_size != logits.shape[-1]:
                 continue
-            error = float((formula - logits[0].float()).norm() / logits[0].float().norm().clamp_min(1e-30))
+            error = _relative_error(head, hidden[0], logits[0])
             best = min(best, error)
             if error <= tolerance:
                 return ScoringForm(form=trial.form, scale=scale, softcap=softcap, relative_error=error)
@@ -226,6 +249,19 @@ def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
             tolerance,
         )
     return ScoringForm(form="logits", relative_error=0.0)
+
+
+def _relative_error(head: LMHead, hidden: Tensor, logits: Tensor) -> float:
+    """Frobenius distance of the head's formula from the model's logits (N, V), relative to these.
+
+    With a shard each rank looks at its own candidate and its own rows, and all get the same number. A collective then.
+    """
+    first = 0 if head.shard is None else head.shard.start
+    shown = logits[:, first : first + head.weight.shape[0]].float()
+    formula = head.logits(hidden) if head.weight.shape[0] else shown
+    squares = torch.stack([(formula - shown).square().sum(), shown.square().sum()])
+    distance, size = head.add_up(squares).tolist()
+    return (distance / max(size, 1e-60)) ** 0.5
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ class EmbeddingBuffer:
         kept = new[-capacity:]
         self.pushed += new.shape[0]
         slots = torch.arange(self.pushed - kept.shape[0], self.pushed) % capacity
-        self.rows[slots.to(self.rows.device)] = kept.to(self.rows)
+        self.rows.index_copy_(0, slots.to(self.rows.device), kept.to(self.rows))
 
     def mean_distance(self, embeddings: Tensor) -> Tensor:
         """`inter` of candidates: embeddings (B, d) → (B,) float32; see the function of this name."""

@@ -13,6 +13,9 @@ With a bias, H gains a column of ones and W a column b; the scale multiplies bot
 step; then a few tokens are scored for less by slices of the vocabulary, `L_c = H W_cᵀ`, `G = Σ L_c L_cᵀ`, about N·V·D + N²·V.
 `slices_are_cheaper` counts both. A capped head (`cap · tanh(x / cap)`, Gemma 2) is not linear and always takes the slices.
 
+**Shards.** A head may hold a rank's rows of the vocabulary alone (`VocabularyShard`). Then WᵀW and P are sums over the ranks of what each
+makes of its rows, by one all-reduce each, and no rank ever holds the whole weight; slices are sent by their owners, one after the other.
+
 What is not here: finding the head in a model, and the check that this formula is the model's (`udsstream/mosaicml/trunk.py`).
 """
 
@@ -22,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from udsstream.scoring.nuclear_norm import choose_dtype, exact_float32
@@ -30,6 +34,7 @@ from udsstream.scoring.projection import BilinearProjection
 __all__ = [
     "HeadFactors",
     "LMHead",
+    "VocabularyShard",
     "append_ones",
     "factor_head",
     "factoring_flops",
@@ -48,18 +53,49 @@ _FLOAT64_COST = 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocabularyShard:
+    """Which rows of the vocabulary a rank holds, when each rank of a group holds some."""
+
+    starts: tuple[int, ...]
+    """First row of each rank of the group, ascending, and V at the end."""
+    group: torch.distributed.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def start(self) -> int:
+        """This rank's first row."""
+        return self.starts[self.rank]
+
+    def add_up(self, part: Tensor) -> None:
+        """Replaces the tensor by its sum over the group. A collective."""
+        torch.distributed.all_reduce(part, group=self.group)
+
+    def send(self, rows: Tensor, owner: int) -> None:
+        """Replaces the tensor by that of the group's rank `owner`. A collective."""
+        torch.distributed.broadcast(rows, src=torch.distributed.get_global_rank(self.group, owner), group=self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LMHead:
-    """A head: weight (V, D), bias (V,) or None, logit scale, and soft cap or None."""
+    """A head: weight (V, D), bias (V,) or None, logit scale, and soft cap or None.
+
+    With a `shard` weight and bias are this rank's rows alone, and what says so below is a collective of the shard's group.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    shard: VocabularyShard | None = None
 
     @property
     def vocab_size(self) -> int:
         """V."""
-        return self.weight.shape[0]
+        return self.weight.shape[0] if self.shard is None else self.shard.starts[-1]
 
     @property
     def width(self) -> int:
@@ -72,29 +108,65 @@ class LMHead:
         return self.softcap is None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The definition: hidden (N, D) → logits (N, V) float32. Builds N×V; for reference, tests and the self-check."""
-        return torch.cat([part for _, part in self.sliced_logits(hidden)], dim=-1)
+        """The definition: hidden (N, D) → logits (N, V) float32; of a shard its rows' columns alone. Builds N×V; for reference, tests
+        and the self-check."""
+        return torch.cat(
+            [self._logits_of(hidden.float(), rows) for _, rows in self._own_slices(max(hidden.shape))], dim=-1
+        )
 
     def sliced_logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first vocabulary row, logits (N, slice) float32) for one slice of the vocabulary after the other."""
+        """(first vocabulary row, logits (N, slice) float32) for one slice of the vocabulary after the other. With a shard a collective."""
         hidden = hidden.float()
-        for start, stop in _slices(self.vocab_size, max(hidden.shape)):
-            part = hidden @ self.weight[start:stop].float().T
-            if self.bias is not None:
-                part += self.bias[start:stop].float()
-            if self.scale != 1:
-                part *= self.scale
-            if self.softcap is not None:
-                part = part.div_(self.softcap).tanh_().mul_(self.softcap)
-            yield start, part
+        for start, rows in self._all_slices(max(hidden.shape)):
+            yield start, self._logits_of(hidden, rows)
 
     def augmented_slices(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, scale · [W b] (slice, D') float32) for one slice of the vocabulary after the other."""
-        for start, stop in _slices(self.vocab_size, self.width):
-            rows = self.weight[start:stop].float()
-            if self.bias is not None:
-                rows = torch.cat([rows, self.bias[start:stop].float()[:, None]], dim=1)
+        """(first row, scale · [W b] (slice, D') float32) for one slice of the vocabulary, or of this rank's rows, after the other."""
+        for start, rows in self._own_slices(self.width):
             yield start, rows if self.scale == 1 else rows * self.scale
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """A sum over this rank's rows → the sum over all. With a shard a collective."""
+        if self.shard is not None:
+            self.shard.add_up(part)
+        return part
+
+    def _logits_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden (N, D), rows [w b] (slice, D') → (N, slice)."""
+        width = hidden.shape[1]
+        part = hidden @ rows[:, :width].T
+        if self.bias is not None:
+            part += rows[:, width]
+        if self.scale != 1:
+            part *= self.scale
+        if self.softcap is not None:
+            part = part.div_(self.softcap).tanh_().mul_(self.softcap)
+        return part
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """[W b][start:stop] of what this rank holds, float32."""
+        rows = self.weight[start:stop].float()
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, self.bias[start:stop].float()[:, None]], dim=1)
+
+    def _own_slices(self, width: int) -> Iterator[tuple[int, Tensor]]:
+        first = 0 if self.shard is None else self.shard.start
+        for start, stop in _slices(self.weight.shape[0], width):
+            yield first + start, self._rows(start, stop)
+
+    def _all_slices(self, width: int) -> Iterator[tuple[int, Tensor]]:
+        if self.shard is None:
+            yield from self._own_slices(width)
+            return
+        for owner, first in enumerate(self.shard.starts[:-1]):
+            for start, stop in _slices(self.shard.starts[owner + 1] - first, width):
+                if owner == self.shard.rank:
+                    rows = self._rows(start, stop).contiguous()
+                else:
+                    rows = torch.empty(stop - start, self.width, device=self.weight.device)
+                self.shard.send(rows, owner)
+                yield first + start, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,23 +207,28 @@ def append_ones(hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def factor_head(head: LMHead, projection: BilinearProjection) -> HeadFactors:
-    """R and P of a linear head, on the device of its weight, in one pass over slices of the vocabulary.
+    """R and P of a linear head, on the device of its weight, in one pass over slices of the vocabulary. With a shard a collective.
 
     WᵀW is formed in float64 where the device has it: its eigenvalues are squares, and in float32 those below 1e-7 of the largest
     would be rounding, which the nuclear norm sums up (5e-4 of it for a weight of low rank). Of its blocks only those on and below
-    the diagonal are formed. R is its Cholesky factor; when W has not full column rank, the square root from its eigenvalues
-    instead; and W itself when V ≤ D'. Waits for the device once.
+    the diagonal are formed. R is its Cholesky factor, and W itself when V ≤ D'.
+
+    When W has not full column rank there is no such factor. On the CPU the square root from the eigenvalues takes its place. Elsewhere,
+    where to ask would be to wait, a jitter of a few roundings on the diagonal always makes one: it adds singular values of 6e-8·‖W‖_F.
     """
     sample = _sampled_rows(head).clone()
-    dtype = choose_dtype(head.weight.device)
+    device = head.weight.device
+    dtype = choose_dtype(device)
     with exact_float32():
-        if head.vocab_size <= head.width:
+        if head.shard is None and head.vocab_size <= head.width:
             rows = torch.cat([rows for _, rows in head.augmented_slices()])
             return HeadFactors(blocks=((0, rows.T),), projected=_project_head(head, projection), sample=sample)
         edges = _edges(head.width)
         strips = _gram_strips(head, edges, dtype)
+        if device.type != "cpu":
+            _add_jitter(strips)
         singular = _factor_in_place(strips, edges)
-        if not bool(singular):
+        if device.type != "cpu" or not bool(singular):
             blocks = tuple((start, strip.float()) for (start, _), strip in zip(edges, strips, strict=True))
         else:
             del strips
@@ -166,19 +243,31 @@ def _project_head(head: LMHead, projection: BilinearProjection) -> Tensor:
     projected = torch.zeros(projection.vocabulary.d, head.width, device=head.weight.device)
     for start, rows in head.augmented_slices():
         projected.addmm_(projection.vocabulary.columns(start, start + rows.shape[0]).to(rows.device), rows)
-    return projected
+    return head.add_up(projected)
 
 
 def _gram_strips(head: LMHead, edges: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
-    """Columns start:stop of [W b]ᵀ[W b] from row `start` on, for each of the edges."""
-    width, device = head.width, head.weight.device
-    strips = [torch.zeros(width - start, stop - start, dtype=dtype, device=device) for start, stop in edges]
+    """Columns start:stop of [W b]ᵀ[W b] from row `start` on, for each of the edges; views of one piece of memory, added up at once."""
+    width = head.width
+    shapes = [(width - start, stop - start) for start, stop in edges]
+    whole = torch.zeros(sum(rows * columns for rows, columns in shapes), dtype=dtype, device=head.weight.device)
+    parts = whole.split([rows * columns for rows, columns in shapes])
+    strips = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
     for _, rows in head.augmented_slices():
         exact = rows.to(dtype)
         for (start, stop), strip in zip(edges, strips, strict=True):
             strip.addmm_(exact[:, start:].T, exact[:, start:stop])
         del exact  # before the next slice is made
+    head.add_up(whole)
     return strips
+
+
+def _add_jitter(strips: list[Tensor]) -> None:
+    """Adds a few roundings of the trace to the diagonal, in place, without a wait."""
+    diagonals = [strip.diagonal() for strip in strips]
+    jitter = 16 * torch.finfo(strips[0].dtype).eps * torch.cat(diagonals).sum()
+    for diagonal in diagonals:
+        diagonal.add_(jitter)
 
 
 def _factor_in_place(strips: list[Tensor], edges: list[tuple[int, int]]) -> Tensor:
@@ -193,21 +282,13 @@ def _factor_in_place(strips: list[Tensor], edges: list[tuple[int, int]]) -> Tens
         diagonal, below = strip.split([stop - start, strip.shape[0] - (stop - start)])
         lower, info = torch.linalg.cholesky_ex(diagonal)
         failed = failed | (info != 0)
-        strips[place] = torch.cat([lower, torch.linalg.solve_triangular(lower.T, below, upper=True, left=False)])
+        below.copy_(torch.linalg.solve_triangular(lower.T, below, upper=True, left=False))
+        diagonal.copy_(lower)
     return failed
 
 
 def _sampled_rows(head: LMHead) -> Tensor:
-    return head.weight[:: -(-head.vocab_size // 64)]
-
-
-def _root_blocks(gram: Tensor, edges: list[tuple[int, int]]) -> tuple[tuple[int, Tensor], ...]:
-    """Blocks of Rᵀ with RᵀR = gram (n, n), whose lower triangle is read."""
-    lower, info = torch.linalg.cholesky_ex(gram)
-    if int(info) == 0:
-        return tuple((start, lower[start:, start:stop].float().contiguous()) for start, stop in edges)
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    return ((0, (vectors * eigenvalues.clamp_min(0).sqrt()).float()),)
+    return head.weight[:: -(-max(1, head.weight.shape[0]) // 64)]
 
 
 def slices_are_cheaper(head: LMHead, lengths: Sequence[int], projection: BilinearProjection) -> bool:

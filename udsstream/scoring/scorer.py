@@ -83,12 +83,24 @@ class CandidateScorer:
         self._version: Hashable = None
         self._gamma2: dict[torch.device, Tensor] = {}
 
+    def takes_slices(self, head: LMHead, lengths: Sequence[int]) -> bool:
+        """Whether candidates of these lengths are scored by slices of the vocabulary when nothing is known of the head's version."""
+        if not head.is_linear:
+            return True
+        if self._slices is not None:
+            return self._slices
+        # Ranks have candidates of other lengths, but must agree; and each has its part of the work of factoring only.
+        return head.shard is None and slices_are_cheaper(head, lengths, self.projection)
+
     @torch.no_grad()
     def score_hidden(self, hidden: Sequence[Tensor], head: LMHead, *, version: Hashable = None) -> CandidateScores:
         """Scores candidates given their real tokens' final hidden states, one (N_i, D) each, as they enter the head.
 
         R and P that turn out to be another weight's, although `version` is the same, are made anew on the CPU; elsewhere, where to
-        look would be to wait, `intra` is NaN then, which selection refuses.
+        look would be to wait (for the device, or for the ranks that hold the other shards), `intra` is NaN then, which selection refuses.
+
+        With a shard every rank of its group must call it as often, with its own candidates, and with a `version` that changes at the
+        same calls.
 
         Args:
             hidden: any float dtype; computed in float32.
@@ -101,8 +113,10 @@ class CandidateScorer:
         """
         lengths = self._checked_lengths(hidden)
         with exact_float32():
-            if not head.is_linear or self._takes_slices(head, lengths, version):
-                parts = [self._in_slices(group, head) for group in _groups(hidden)]
+            if not head.is_linear or self._slices or (version is None and self.takes_slices(head, lengths)):
+                # The slices of a shard are sent around, and all ranks must do so as often.
+                groups = _groups(hidden) if head.shard is None else [list(hidden)]
+                parts = [self._in_slices(group, head) for group in groups]
             else:
                 factors, stale = self._factors_of(head, version)
                 parts = [self._in_hidden_space(group, head, factors) for group in _groups(hidden)]
@@ -118,16 +132,11 @@ class CandidateScorer:
             parts = [self._from_slices([len(matrix)], _slices_of(matrix), matrix.device) for matrix in logits]
         return self._collect(parts, lengths)
 
-    def _takes_slices(self, head: LMHead, lengths: list[int], version: Hashable) -> bool:
-        if self._slices is not None:
-            return self._slices
-        return version is None and slices_are_cheaper(head, lengths, self.projection)
-
     def _factors_of(self, head: LMHead, version: Hashable) -> tuple[HeadFactors, Tensor | None]:
         """R and P, and whether they are stale where that is not known yet."""
         if self._factors is not None and version is not None and version == self._version:
             stale = self._factors.differs_from(head)
-            if stale.device.type != "cpu":
+            if stale.device.type != "cpu" or head.shard is not None:
                 return self._factors, stale
             if not bool(stale):
                 return self._factors, None
