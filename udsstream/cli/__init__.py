@@ -14,6 +14,7 @@ from udsstream.cli.audit import audit
 from udsstream.cli.bench import bench
 from udsstream.cli.curate import curate
 from udsstream.cli.demo import demo
+from udsstream.cli.ingest import ingest
 from udsstream.cli.log import log
 from udsstream.cli.replay import replay
 from udsstream.cli.report import report
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, log, replay, audit, report, curate, bench, demo):
+for command in (train, log, replay, audit, report, curate, bench, demo, ingest):
     app.command()(command)
 
 
