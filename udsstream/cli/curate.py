@@ -22,7 +22,7 @@ _UNITS = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
 
 def curate(
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
-    format: Annotated[str, typer.Option(metavar="|".join(_FORMATS), help="What to write.")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="mds, webdataset, parquet or jsonl.")],
     from_log: Annotated[Path | None, typer.Option(metavar="RUN", help="Write what this run's log chose.")] = None,
     all: Annotated[str | None, typer.Option(metavar="STREAM", help="Write a whole MDS stream.")] = None,
     times: Annotated[int | None, typer.Option(min=0, metavar="N", help="Chosen at least N times (1).")] = None,
@@ -45,7 +45,9 @@ def curate(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep fetched shards here.")] = None,
     verify_shards: Annotated[bool, typer.Option("--verify-shards", help="Check shards against their hashes.")] = False,
-    compression: Annotated[str | None, typer.Option(metavar="none|gzip|zstd[:N]", help="Of the shards.")] = None,
+    compression: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Of shards: none, gzip, zstd; zstd:9 sets a level.")
+    ] = None,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Samples in a shard, such as 64MB.")] = "64MB",
     prefix: Annotated[str, typer.Option(help="Of the names of added columns.")] = "uds_",
     no_scores: Annotated[bool, typer.Option("--no-scores", help="Add no columns.")] = False,

@@ -282,20 +282,25 @@ def _field(records: str, column: Column, format: Format, prefix: str, source: di
         "bytes": "sc:Text",
         "image list": "sc:ImageObject",
     }
-    types |= {"jpeg": "sc:ImageObject", "png": "sc:ImageObject"}
+    types |= dict.fromkeys(("jpeg", "png"), "sc:Text" if format.name == "jsonl" else "sc:ImageObject")
     base = {"int": "int64", "str_float": "float64"}.get(column.encoding, column.encoding)
     if kind == "array":
         base = column.dtype or "float64"
     croissant_type = types.get(kind) or "cr:" + base.replace("uint", "UInt").replace("int", "Int").replace(
         "float", "Float"
     )
+    plain_list = kind == "array" and (format.name != "jsonl" or column.fixed_dtype)
+    if kind == "array" and not plain_list:
+        croissant_type = "sc:Text"
     meaning = f"Encoding in MDS: {column.encoding}."
     if column.added:
         meaning = ADDED[column.name[len(prefix) :]][1].capitalize() + "."
     elif kind == "json":
         meaning += " A JSON value." if format.name == "jsonl" else " A JSON value, as text."
-    elif kind == "bytes" and format.name == "jsonl":
+    elif kind in ("bytes", "jpeg", "png") and format.name == "jsonl":
         meaning += ' Bytes, as {"base64": "…"}.'
+    elif kind == "array" and not plain_list:
+        meaning += ' Arrays of any type, as {"dtype": …, "values": […]}.'
     field: dict[str, Any] = {
         "@type": "cr:Field",
         "@id": f"{records}/{column.name}",
@@ -304,7 +309,7 @@ def _field(records: str, column: Column, format: Format, prefix: str, source: di
         "dataType": croissant_type,
         "source": source,
     }
-    if kind == "array" and column.shape is not None:
+    if plain_list and column.shape is not None:
         field |= {"isArray": True, "arrayShape": ",".join(map(str, column.shape))}
     return field
 

@@ -1,7 +1,8 @@
 """Samples as JSON Lines: one object a line, UTF-8, columns in the source's order.
 
 What JSON has no value for: bytes are {"base64": "…"} (an image too), an array is its numbers in nested lists, or {"dtype": …, "values": …}
-where the column does not fix the type; a decimal is a string of its digits. A number that is not finite is refused.
+where the column does not fix the type; a number without limit (str_int, str_decimal) is a string of its digits, as most readers have only
+64 bits for one. A number that is not finite is refused.
 """
 
 from __future__ import annotations
@@ -72,6 +73,6 @@ def _form(column: Column) -> Callable[[Any], Any]:
         return lambda value: value.tolist()
     if column.kind == "array":
         return lambda value: {"dtype": value.dtype.name, "values": value.tolist()}
-    if column.encoding == "str_decimal":
+    if column.kind == "number":
         return str
     return lambda value: value

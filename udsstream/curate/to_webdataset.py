@@ -92,7 +92,7 @@ def _form(column: Column) -> Callable[[bytes, int], bytes]:
     if column.kind == "array":
         return lambda raw, sample_id: _npy(decode(column, raw, sample_id))
     if column.encoding in ("str_int", "str_decimal"):
-        return lambda raw, sample_id: raw if column.encoding == "str_int" else json.dumps(raw.decode()).encode()
+        return lambda raw, sample_id: json.dumps(str(decode(column, raw, sample_id))).encode()
     return lambda raw, sample_id: json.dumps(decode(column, raw, sample_id)).encode()
 
 
