@@ -35,7 +35,7 @@ from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.mosaicml.rng_state import NeutralEvaluation
 from udsstream.run_config import (
-    DataConfig,
+    CandidatesConfig,
     EvalConfig,
     ModelConfig,
     RunConfig,
@@ -48,8 +48,10 @@ __all__ = [
     "TrainingResult",
     "build_model",
     "build_trainer",
+    "collator_of",
     "eval_loss",
     "join_ranks",
+    "streams_of",
     "train",
 ]
 
@@ -76,7 +78,7 @@ def train(config: RunConfig) -> TrainingResult:
         UdsstreamError: see `udsstream.errors`.
     """
     folder = Path(config.save_folder)
-    join_ranks(config)
+    join_ranks(config.device)
     on_rank_zero(lambda: claim_folder(folder, config))
     trainer = build_trainer(config)
     try:
@@ -97,12 +99,12 @@ def train(config: RunConfig) -> TrainingResult:
     return result
 
 
-def join_ranks(config: RunConfig) -> str:
+def join_ranks(device: str | None) -> str:
     """Starts torch.distributed, where it is not running yet; the device to train on, as Composer names it.
 
     Before any data set is made: Streaming would otherwise start it in its own way, and now and then fail.
     """
-    device = config.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    device = device or ("gpu" if torch.cuda.is_available() else "cpu")
     dist.initialize_dist(device)
     return device
 
@@ -122,7 +124,7 @@ def build_trainer(
         checkpoint: to begin from, whole; where there is none to resume from.
         callbacks: in addition.
     """
-    device = join_ranks(config)
+    device = join_ranks(config.device)
     reproducibility.seed_all(config.seed)
     model = build_model(config.model)
     folder = Path(config.save_folder)
@@ -222,7 +224,7 @@ def build_model(config: ModelConfig) -> HuggingFaceModel:
 def _train_loader(config: RunConfig, model: HuggingFaceModel, replay: ReplaySelection | None) -> DataSpec:
     data = config.data
     dataset = UDSStreamingDataset(
-        streams=_streams(data),
+        streams=streams_of(data),
         batch_size=data.batch_size,
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
@@ -236,7 +238,7 @@ def _train_loader(config: RunConfig, model: HuggingFaceModel, replay: ReplaySele
     workers = {
         "num_workers": data.num_workers,
         "timeout": data.timeout if data.num_workers else 0,
-        "collate_fn": _collator(data, config.max_seq_len, model),
+        "collate_fn": collator_of(data, config.max_seq_len, model),
     }
     loader = (
         replay.dataloader(dataset, **workers) if replay else DataLoader(dataset, batch_size=data.batch_size, **workers)
@@ -253,7 +255,7 @@ def _evaluator(held_out: EvalConfig, config: RunConfig, model: HuggingFaceModel)
         shuffle=False,
     )
     loader = DataLoader(
-        dataset, batch_size=held_out.batch_size, collate_fn=_collator(config.data, config.max_seq_len, model)
+        dataset, batch_size=held_out.batch_size, collate_fn=collator_of(config.data, config.max_seq_len, model)
     )
     return Evaluator(
         label="held_out",
@@ -264,7 +266,8 @@ def _evaluator(held_out: EvalConfig, config: RunConfig, model: HuggingFaceModel)
     )
 
 
-def _collator(data: DataConfig, max_seq_len: int, model: HuggingFaceModel) -> SFTCollator:
+def collator_of(data: CandidatesConfig, max_seq_len: int, model: HuggingFaceModel) -> SFTCollator:
+    """What makes padded batches of rows, with the model's tokenizer."""
     assert model.tokenizer is not None
     return SFTCollator(
         tokenizer=model.tokenizer,
@@ -280,7 +283,12 @@ def _collator(data: DataConfig, max_seq_len: int, model: HuggingFaceModel) -> SF
     )
 
 
-def _streams(data: DataConfig) -> list[Stream]:
+def streams_of(data: CandidatesConfig) -> list[Stream]:
+    """The streams, in order.
+
+    Raises:
+        DataError: a local one is not there.
+    """
     if data.streams_root is not None:
         root = Path(data.streams_root)
         folders = sorted(index.parent for index in root.glob("*/index.json"))

@@ -128,7 +128,7 @@ def replay(
             "udsstream.ReplaySelection in the place of OnlineBatchSelection"
         )
     original = load_run_config(run / CONFIG)
-    join_ranks(original)
+    join_ranks(original.device)
     out = out or on_rank_zero(lambda: unfinished_folder(run.with_name(f"{run.name}-replay"), _is_finished))
     config = _replayed_config(run, out, streams, overrides, log)
     changes = [line for line in config_changes(original, config) if line.partition(":")[0] not in _SAME_DATA]

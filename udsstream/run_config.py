@@ -7,9 +7,9 @@ type or an impossible combination is one line each, with the key's path. The sel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,7 @@ from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError
 
 __all__ = [
+    "CandidatesConfig",
     "DataConfig",
     "EvalConfig",
     "LoraSettings",
@@ -28,8 +29,11 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "StreamConfig",
+    "check_selection",
     "config_changes",
     "load_run_config",
+    "load_settings",
+    "parse_settings",
 ]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -52,6 +56,9 @@ stretches a decaying learning rate from there on; that is what who sets it wants
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class LoraSettings(_Section):
@@ -103,14 +110,12 @@ class StreamConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
-    """The candidates: streams, how they are shuffled and batched, and how a row becomes tokens."""
+class CandidatesConfig(_Section):
+    """The candidates: streams, how they are shuffled, and how a row becomes tokens."""
 
     streams: list[StreamConfig] = []
     streams_root: str | None = None
     """A folder of streams: each of its sub-folders with an index.json is one, in the order of their names."""
-    batch_size: PositiveInt
-    """Candidates per step and rank. `selection.keep` is of those of all ranks."""
     shuffle: bool = True
     shuffle_seed: Annotated[int, Field(ge=0)] = 9176
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -134,7 +139,7 @@ class DataConfig(_Section):
     padding_side: Literal["right", "left"] = "right"
 
     @model_validator(mode="after")
-    def _has_streams(self) -> DataConfig:
+    def _has_streams(self) -> CandidatesConfig:
         if bool(self.streams) == (self.streams_root is not None):
             raise ValueError("give either streams or streams_root")
         kinds = {
@@ -148,6 +153,13 @@ class DataConfig(_Section):
                 f"the streams are weighted by {' and by '.join(sorted(kinds))}; weight all of them in one way"
             )
         return self
+
+
+class DataConfig(CandidatesConfig):
+    """The candidates of a training job, in batches."""
+
+    batch_size: PositiveInt
+    """Candidates per step and rank. `selection.keep` is of those of all ranks."""
 
 
 class EvalConfig(_Section):
@@ -225,18 +237,7 @@ class RunConfig(_Section):
     @field_validator("selection")
     @classmethod
     def _selection_is_valid(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        known = {field.name for field in dataclasses.fields(SelectionConfig)} | {"trunk", "head", "warm_start"}
-        if "max_seq_len" in value:
-            raise ValueError("max_seq_len: is given once, at the top level")
-        unknown = [
-            f"{key}: unknown; known are {', '.join(sorted(known - {'max_seq_len'}))}"
-            for key in sorted(set(value) - known)
-        ]
-        if unknown:
-            raise ValueError("\n".join(unknown))
-        return value
+        return None if value is None else check_selection(value, more=("trunk", "head", "warm_start"))
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -256,35 +257,69 @@ class RunConfig(_Section):
         return SelectionConfig(**own, max_seq_len=self.max_seq_len)
 
 
+def check_selection(value: dict[str, Any], *, more: Sequence[str]) -> dict[str, Any]:
+    """The settings of a selection as they are; ValueError names the keys that are neither SelectionConfig's nor among `more`."""
+    known = {field.name for field in dataclasses.fields(SelectionConfig)} | set(more)
+    if "max_seq_len" in value:
+        raise ValueError("max_seq_len: is given once, at the top level")
+    unknown = [
+        f"{key}: unknown; known are {', '.join(sorted(known - {'max_seq_len'}))}" for key in sorted(set(value) - known)
+    ]
+    if unknown:
+        raise ValueError("\n".join(unknown))
+    return value
+
+
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies `key=value` overrides (dotted paths), and validates the result.
 
     Raises:
         ConfigError: the file cannot be read, or one line per mistake with the key's path.
     """
+    return parse_run_config(load_settings(path, overrides), where=str(path))
+
+
+def load_settings(path: str | Path | None, overrides: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    """Settings as plain types: `defaults`, under those of a YAML file (None: of none), under `key=value` overrides (dotted paths).
+
+    Raises:
+        ConfigError: the file or an override cannot be read.
+    """
+    where = "the command line" if path is None else str(path)
     try:
-        loaded = OmegaConf.load(Path(path))
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path}: holds a list, but must hold keys and values")
+        loaded = OmegaConf.create(dict(defaults or {}))
+        if path is not None:
+            read = OmegaConf.load(Path(path))
+            if not isinstance(read, DictConfig):
+                raise ConfigError(f"{path}: holds a list, but must hold keys and values")
+            loaded = OmegaConf.merge(loaded, read) if defaults else read
         for override in overrides:
             key, equals, value = override.partition("=")
             if not (key and equals):
                 raise ConfigError(f"{override!r}: an override is written key=value, as in data.batch_size=16")
             OmegaConf.update(loaded, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
-        settings = OmegaConf.to_container(loaded, resolve=True)
+        return OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; pipelines/ holds examples") from None
     except (OSError, UnicodeDecodeError, IndexError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from error
-    return parse_run_config(settings, where=str(path))
+        raise ConfigError(f"{where}: cannot be read as a configuration: {error}") from error
 
 
 def parse_run_config(settings: Any, *, where: str) -> RunConfig:
     """Validates settings that were read already; `where` names their source in the message."""
+    return parse_settings(RunConfig, settings, where=where)
+
+
+def parse_settings(kind: type[Settings], settings: Any, *, where: str) -> Settings:
+    """Validates settings as a job of this kind.
+
+    Raises:
+        ConfigError: one line per mistake, with the key's path.
+    """
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: holds a {type(settings).__name__}, but must hold keys and values")
     try:
-        return RunConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _lines(problem)]
         raise ConfigError(
