@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import nn
 
 from udsstream.config import (
     EmbeddingRecord,
@@ -37,9 +36,16 @@ from udsstream.config import (
     config_difference,
 )
 from udsstream.errors import ConfigError, ResumeError
-from udsstream.mosaicml.dataset import StreamIdentity, canonical_nodes, stream_identities, streaming_dataset_of
+from udsstream.mosaicml.dataset import (
+    StreamIdentity,
+    canonical_nodes,
+    sample_source_of,
+    stream_identities,
+    streaming_dataset_of,
+)
 from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, kept_batch
+from udsstream.mosaicml.recording import record, record_push
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_run
 from udsstream.mosaicml.run_log import (
@@ -255,8 +261,8 @@ class OnlineBatchSelection(Algorithm):
         model = unwrapped(state.model)
         self.selector = CandidateSelector.of_trainer(self.config, state, **self._module_names)
         self._step = state.timestamp.batch.value
-        dataset = streaming_dataset_of(state.train_dataloader)
-        self._streams = stream_identities(dataset) if dataset is not None else []
+        source = sample_source_of(state.train_dataloader)
+        self._streams = stream_identities(source) if source is not None else []
         if self._loaded is not None:
             check_streams(self._loaded["streams"], self._streams)
             self.selector.restore_memory(self._loaded["memory"])
@@ -329,43 +335,16 @@ class OnlineBatchSelection(Algorithm):
     def _remember(self, state: State, decision: Decision) -> None:
         """Adds the decision to the log, and the kept embeddings to the memory."""
         assert self.selector is not None
-        step, timestamp = state.timestamp.batch.value, state.timestamp
-        if self._writer is not None:
-            self._writer.append(
-                step,
-                decision.columns(
-                    rank=dist.get_global_rank(),
-                    epoch=timestamp.epoch.value,
-                    sample_in_epoch=timestamp.sample_in_epoch.value,
-                    dataset=streaming_dataset_of(state.train_dataloader),
-                ),
-            )
-        embeddings = self.selector.remember(decision, decision.kept)
-        if embeddings is not None:
-            places = np.array(decision.kept, dtype=np.int32)
-            mine = decision.order.rank[places] == dist.get_global_rank()
-            self._log_push(
-                step,
-                embeddings[torch.from_numpy(mine)],
-                positions=places[mine],
-                sample_ids=np.array(decision.sample_ids, dtype=np.int64)[places[mine]],
-                push_index=self.selector.buffer.pushed - len(places) + np.flatnonzero(mine),
-            )
-
-    def _log_push(
-        self, step: int, embeddings: Tensor, *, positions: np.ndarray, sample_ids: np.ndarray, push_index: np.ndarray
-    ) -> None:
-        """Adds embeddings (k, d) that this rank contributed to the memory to the log, with the memory's new digest."""
-        assert self.selector is not None
-        if self._writer is not None and len(embeddings):
-            self._writer.push(
-                step,
-                positions=positions,
-                sample_ids=sample_ids,
-                push_index=push_index,
-                embeddings=embeddings.numpy(),
-                digest=self.selector.buffer.digest,
-            )
+        timestamp = state.timestamp
+        record(
+            timestamp.batch.value,
+            decision,
+            selector=self.selector,
+            writer=self._writer,
+            source=sample_source_of(state.train_dataloader),
+            epoch=timestamp.epoch.value,
+            sample_in_epoch=timestamp.sample_in_epoch.value,
+        )
 
     def _length_metric(self, decision: Decision) -> dict[str, float]:
         """The running correlation of score and length; says so, once, when selection has become a matter of length."""
@@ -430,8 +409,14 @@ class OnlineBatchSelection(Algorithm):
             rows = selector.take_over(memory.embeddings)
             nobody = np.full(len(rows), -1)
             if dist.get_global_rank() == 0:
-                self._log_push(
-                    -1, rows, positions=nobody.astype(np.int32), sample_ids=nobody, push_index=np.arange(len(rows))
+                record_push(
+                    -1,
+                    rows,
+                    selector=selector,
+                    writer=self._writer,
+                    positions=nobody.astype(np.int32),
+                    sample_ids=nobody,
+                    push_index=np.arange(len(rows)),
                 )
 
     # Checks -----------------------------------------------------------------------------------------------------------

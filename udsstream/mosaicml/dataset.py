@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from composer.utils import dist
@@ -28,12 +28,16 @@ from streaming.base.hashing import get_hash
 from udsstream.errors import DataError, ShardError
 
 __all__ = [
+    "IdentifiedDataset",
     "SampleLocation",
+    "SampleSource",
     "StreamIdentity",
     "UDSStreamingDataset",
     "canonical_nodes",
     "locate",
+    "sample_source_of",
     "stream_identities",
+    "stream_names",
     "streaming_dataset_of",
     "verify_shards",
     "with_sample_id",
@@ -192,18 +196,6 @@ class SampleLocation:
     """Place of the sample in its shard."""
 
 
-def locate(dataset: StreamingDataset, sample_ids: list[int] | np.ndarray) -> SampleLocation:
-    """Where each sample lies. Opens nothing."""
-    ids = np.asarray(sample_ids, dtype=np.int64)
-    shard = np.searchsorted(dataset.sample_offset_per_shard, ids, side="right") - 1
-    stream = dataset.stream_per_shard[shard]
-    return SampleLocation(
-        stream=stream,
-        shard=shard - dataset.shard_offset_per_stream[stream],
-        index=ids - dataset.sample_offset_per_shard[shard],
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class StreamIdentity:
     """What a log says of a stream, so that a later reader can tell whether it holds the same samples."""
@@ -216,6 +208,45 @@ class StreamIdentity:
     """Samples drawn from it in each epoch: more than `samples` where it is repeated, fewer where only a part is drawn."""
     index_sha256: str
     """SHA-256, in hexadecimal, of the stream's index file, which names every shard with its size, rows and hashes."""
+    format: str = "mds"
+    """Of its shards: `mds`, or `webdataset`."""
+
+
+@runtime_checkable
+class IdentifiedDataset(Protocol):
+    """What a log asks of a data set that is no StreamingDataset, such as `UDSWebDataset`. Ids count through its streams in their order."""
+
+    def locate(self, sample_ids: Sequence[int] | np.ndarray) -> SampleLocation:
+        """Where each sample lies. Opens nothing."""
+        ...
+
+    def stream_identities(self) -> list[StreamIdentity]:
+        """The identity of each stream, in order."""
+        ...
+
+
+SampleSource = StreamingDataset | IdentifiedDataset
+"""A data set that can tell where its samples come from."""
+
+
+def sample_source_of(loader: object) -> SampleSource | None:
+    """The data set behind a data loader, if it can tell where its samples come from."""
+    dataset = getattr(loader, "dataset", None)
+    return dataset if isinstance(dataset, (StreamingDataset, IdentifiedDataset)) else None
+
+
+def locate(dataset: SampleSource, sample_ids: Sequence[int] | np.ndarray) -> SampleLocation:
+    """Where each sample lies. Opens nothing."""
+    if not isinstance(dataset, StreamingDataset):
+        return dataset.locate(sample_ids)
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    shard = np.searchsorted(dataset.sample_offset_per_shard, ids, side="right") - 1
+    stream = dataset.stream_per_shard[shard]
+    return SampleLocation(
+        stream=stream,
+        shard=shard - dataset.shard_offset_per_stream[stream],
+        index=ids - dataset.sample_offset_per_shard[shard],
+    )
 
 
 def streaming_dataset_of(loader: object) -> StreamingDataset | None:
@@ -236,20 +267,21 @@ def canonical_nodes(dataset: StreamingDataset) -> int:
     return nodes * (64 if dataset.shuffle_algo in ("py1s", "py2s") else 1)
 
 
-def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
+def stream_identities(dataset: SampleSource) -> list[StreamIdentity]:
     """The identity of each stream, in order. Names are the last part of the path that tells the streams apart."""
+    if not isinstance(dataset, StreamingDataset):
+        return dataset.stream_identities()
     locations = [
         os.path.join(stream.remote or stream.local, stream.split or "").rstrip("/") for stream in dataset.streams
     ]
-    basenames = [os.path.basename(location) for location in locations]
-    distinct = len(set(basenames)) == len(basenames)
+    names = stream_names(locations)
     identities = []
     for number, stream in enumerate(dataset.streams):
         with open(os.path.join(stream.local, stream.split or "", get_index_basename()), "rb") as index:
             digest = hashlib.sha256(index.read()).hexdigest()
         identities.append(
             StreamIdentity(
-                name=basenames[number] if distinct else locations[number],
+                name=names[number],
                 location=locations[number],
                 samples=int(dataset.samples_per_stream[number]),
                 per_epoch=int(stream.choose),
@@ -257,6 +289,12 @@ def stream_identities(dataset: StreamingDataset) -> list[StreamIdentity]:
             )
         )
     return identities
+
+
+def stream_names(locations: Sequence[str]) -> list[str]:
+    """The last part of each path; the whole paths where these do not tell the streams apart."""
+    basenames = [os.path.basename(location) for location in locations]
+    return basenames if len(set(basenames)) == len(basenames) else list(locations)
 
 
 def verify_shards(dataset: StreamingDataset) -> int:
