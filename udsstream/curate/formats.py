@@ -64,7 +64,7 @@ class Format:
 def _mds() -> Format:
     from udsstream.curate import to_mds as to
 
-    suffixes = {"none": ".mds", "zstd": ".mds.zstd", "gzip": ".mds.gz"}
+    suffixes = {"none": ".mds", "zstd": ".mds.zstd"}  # (Streaming's gzip writes the time into each shard)
     return Format(name="mds", folder="", suffixes=suffixes, check=to.check, write=to.write, finish=to.finish)
 
 

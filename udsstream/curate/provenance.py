@@ -150,7 +150,8 @@ def croissant(
 ) -> dict[str, Any]:
     """The description in Croissant 1.1, as a JSON object.
 
-    `mlcroissant` reads the records of Parquet and of JSON Lines (plain or gzip) by it; of MDS and WebDataset it describes files and fields.
+    `mlcroissant` reads the records of Parquet by it, and of JSON Lines (plain or gzip) unless a value is nested: for such it has no type.
+    Of WebDataset it reads members of text, number and JSON; of MDS it knows files and fields.
     """
     files = [
         {
@@ -289,18 +290,17 @@ def _field(records: str, column: Column, format: Format, prefix: str, source: di
     croissant_type = types.get(kind) or "cr:" + base.replace("uint", "UInt").replace("int", "Int").replace(
         "float", "Float"
     )
-    plain_list = kind == "array" and (format.name != "jsonl" or column.fixed_dtype)
-    if kind == "array" and not plain_list:
-        croissant_type = "sc:Text"
     meaning = f"Encoding in MDS: {column.encoding}."
     if column.added:
         meaning = ADDED[column.name[len(prefix) :]][1].capitalize() + "."
     elif kind == "json":
         meaning += " A JSON value." if format.name == "jsonl" else " A JSON value, as text."
-    elif kind in ("bytes", "jpeg", "png") and format.name == "jsonl":
+    elif format.name == "jsonl" and kind in ("bytes", "jpeg", "png"):
         meaning += ' Bytes, as {"base64": "…"}.'
-    elif kind == "array" and not plain_list:
+        source = source | {"transform": {"jsonPath": "$.base64"}}
+    elif format.name == "jsonl" and kind == "array" and not column.fixed_dtype:
         meaning += ' Arrays of any type, as {"dtype": …, "values": […]}.'
+        source = source | {"transform": {"jsonPath": "$.values"}}
     field: dict[str, Any] = {
         "@type": "cr:Field",
         "@id": f"{records}/{column.name}",
@@ -309,7 +309,7 @@ def _field(records: str, column: Column, format: Format, prefix: str, source: di
         "dataType": croissant_type,
         "source": source,
     }
-    if plain_list and column.shape is not None:
+    if kind == "array" and column.shape is not None:
         field |= {"isArray": True, "arrayShape": ",".join(map(str, column.shape))}
     return field
 

@@ -36,7 +36,7 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
     shutil.rmtree(folder, ignore_errors=True)
     names = [column.name for column in columns]
     missing = [_NAN[column.size or 4] if column.size in _NAN else b"" for column in columns]
-    kind = {"none": None, "zstd": f"zstd:{compression.level}", "gzip": f"gz:{compression.level}"}[compression.kind]
+    kind = None if compression.kind == "none" else str(compression)
     encodings = {column.name: column.encoding for column in columns}
     # `write` takes what is bytes already as it is (`mds_encode`), so that this is a copy.
     writer = MDSWriter(out=str(folder), columns=encodings, compression=kind, hashes=HASHES, size_limit=None)
@@ -45,7 +45,7 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
             pairs = zip(names, row.values, missing, strict=True)
             writer.write({name: empty if value is None else value for name, value, empty in pairs})
     (entry,) = json.loads((folder / INDEX).read_bytes())["shards"]
-    number = path.name.split(".")[1]
+    number = path.name.lstrip(".").split(".")[1]  # of shard.00017.mds, or of a hidden name for it
     os.replace(folder / (entry["zip_data"] or entry["raw_data"])["basename"], path)
     for part in ("raw_data", "zip_data"):
         if entry[part] is not None:

@@ -62,15 +62,9 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
     import pyarrow.parquet as pq
 
     schema = pa.schema([pa.field(c.name, arrow_type(c), metadata={"udsstream.encoding": c.encoding}) for c in columns])
-    with open(path, "wb") as file:
-        writer = pq.ParquetWriter(
-            file,
-            schema,
-            compression=compression.kind,
-            compression_level=compression.level,
-            write_page_checksum=True,
-            version="2.6",
-        )
+    settings: Any = {"compression": compression.kind, "compression_level": compression.level}
+    settings |= {"write_page_checksum": True, "version": "2.6"}
+    with open(path, "wb") as file, pq.ParquetWriter(file, schema, **settings) as writer:
         group: list[Row] = []
         held = 0
         for row in rows:
@@ -81,7 +75,6 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
                 group, held = [], 0
         if group:
             writer.write_table(_table(columns, group, schema))
-        writer.close()
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
