@@ -236,11 +236,14 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
     ledger.check(f"score: {int(usable.sum()):,} scores against intra + α·inter, to the last bit")
 
 
-def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger) -> None:
-    """The kept are the k largest scores, ties to the smaller position; where nothing was scored, all are kept."""
+def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger, *, equal_shares: bool = True) -> None:
+    """The kept are the k largest scores, ties to the smaller position; where nothing was scored, all are kept.
+
+    equal_shares: each rank must have as many of an incomplete batch; false for a pass that does not train.
+    """
     group = rows.group_of
     counts = rows.counts
-    share = _ranks_of_steps(rows)
+    share = _ranks_of_steps(rows) if equal_shares else np.ones(len(rows.starts), np.int64)
     sizes, size_of = np.unique(np.stack([counts, share]), axis=1, return_inverse=True)
     k = np.array([config.kept(int(size), int(ranks)) for size, ranks in sizes.T], np.int64)[size_of.reshape(-1)]
     judged = ~rows.any_in(~rows["has_score"]) & ~rows.any_in(~np.isfinite(rows["score"]))

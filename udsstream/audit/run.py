@@ -64,7 +64,7 @@ def audit(
         )
         check_positions(rows, facts.config, ledger)
         check_scores(rows, facts, ledger)
-        check_choices(rows, facts.config, ledger)
+        check_choices(rows, facts.config, ledger, equal_shares=facts.trains)
         resumed = len(record.lineages) > 1
         drawn = sum(check_schedule(rows, view, facts, ledger, resumed=resumed) for view in record.views)
         ledger.check("schedule: which steps were scored against start, end and interrupt")

@@ -47,6 +47,8 @@ class RunFacts:
     """Of the streaming data set: it repeats up to so many samples, less one, to divide an epoch among them."""
     warm_start: bool
     """The memory was taken over from another run."""
+    trains: bool = True
+    """False: a scoring pass, which keeps of an incomplete batch what one rank would, since its ranks need no equal shares."""
 
 
 def read_facts(run: RunFile, ledger: Ledger) -> RunFacts:
@@ -67,6 +69,7 @@ def read_facts(run: RunFile, ledger: Ledger) -> RunFacts:
         max_duration=max_duration if isinstance(max_duration, str) else None,
         canonical_nodes=_whole(loader.get("canonical_nodes"), least=1),
         warm_start=content.get("warm_start") is not None,
+        trains=not (isinstance(job := content.get("job"), dict) and job.get("kind") == "scoring"),
     )
     if config is not None:
         _agree(run, config, ledger)

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from udsstream.cli.options import stream_places
+from udsstream.cli.options import is_rank_zero, stream_places
 
 __all__ = ["curate"]
 
@@ -25,6 +26,22 @@ def curate(
     format: Annotated[str, typer.Option(metavar="FORMAT", help="mds, webdataset, parquet or jsonl.")],
     from_log: Annotated[Path | None, typer.Option(metavar="RUN", help="Write what this run's log chose.")] = None,
     all: Annotated[str | None, typer.Option(metavar="STREAM", help="Write a whole MDS stream.")] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STREAM", help="Score this MDS stream, a folder or a remote, with --model; write the best."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --score: settings, such as window=256.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --score: a Hugging Face name or folder.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="P|N", help="With --score: the part P of each window, or N samples of it (0.25)."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="YAML", help="With --score: a file with the settings.")] = None,
+    run: Annotated[Path | None, typer.Option(help="With --score: folder of the record. Default: OUT-run.")] = None,
     times: Annotated[int | None, typer.Option(min=0, metavar="N", help="Chosen at least N times (1).")] = None,
     last_epoch: Annotated[bool, typer.Option("--last-epoch", help="Count the last epoch alone.")] = False,
     until: Annotated[str | None, typer.Option(metavar="baN", help="Count the steps below N alone.")] = None,
@@ -54,13 +71,14 @@ def curate(
     language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="For the data card; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write the samples that a run chose, each once, with their scores and where they come from.
+    """Write the samples that a run chose, each once, with their scores and where they come from; or choose them first (--score).
 
     What was interrupted goes on when the same command is given again. See docs/curating.md.
 
     Example: udsstream curate --from-log runs/a --out curated --format parquet
     """
-    sources = {"--from-log": from_log is not None, "--all": all is not None}
+    scores = score is not None or config is not None
+    sources = {"--from-log": from_log is not None, "--all": all is not None, "--score": scores}
     if list(sources.values()).count(True) != 1:
         given = " and ".join(name for name, there in sources.items() if there)
         raise typer.BadParameter(f"give exactly one source, {' or '.join(sources)}{f'; got {given}' if given else ''}")
@@ -75,8 +93,21 @@ def curate(
         "--stream": bool(stream),
         "--no-scores": no_scores,
     }
-    if all is not None and (asked := [name for name, there in choosing.items() if there]):
-        raise typer.BadParameter("it goes with --from-log alone: --all writes the stream as it is", param_hint=asked[0])
+    if scores:
+        del choosing["--no-scores"]
+    if from_log is None and (asked := [name for name, there in choosing.items() if there]):
+        why = "--score writes what it chose itself" if scores else "--all writes the stream as it is"
+        raise typer.BadParameter(f"it goes with --from-log alone: {why}", param_hint=asked[0])
+    scoring = {
+        "--model": model is not None,
+        "--keep": keep is not None,
+        "--run": run is not None,
+        "KEY=VALUE": bool(overrides),
+    }
+    if not scores and (asked := [name for name, there in scoring.items() if there]):
+        raise typer.BadParameter("it goes with --score or --config alone", param_hint=asked[0])
+    if scores and cache is not None:
+        raise typer.BadParameter("with --score give data.streams.0.local=CACHE", param_hint="--cache")
     if format not in _FORMATS:
         raise typer.BadParameter(f"{format!r} is none of {', '.join(_FORMATS)}", param_hint="--format")
     size = _bytes(shard_size)
@@ -96,9 +127,12 @@ def curate(
         compression=compression,
         shard_bytes=size,
         prefix=prefix,
-        scores=not no_scores and from_log is not None,
+        scores=not no_scores and all is None,
         language=tuple(language or ()),
     )
+    if scores:
+        _score(score, out, output, model, keep, config, overrides or [], run, verify=verify_shards, as_json=as_json)
+        return
     with _progress(show=not as_json) as progress:
         common: dict[str, Any] = {"output": output, "cache": cache, "verify": verify_shards, "progress": progress}
         if from_log is not None:
@@ -119,6 +153,68 @@ def curate(
         print(json.dumps(result.as_dict(), indent=2))
     else:
         _print(result)
+
+
+def _score(
+    stream: str | None,
+    out: Path,
+    output: Any,
+    model: str | None,
+    keep: str | None,
+    config: Path | None,
+    overrides: list[str],
+    run: Path | None,
+    *,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    if keep is not None and not re.fullmatch(r"\d{1,15}|(\d{1,15})?\.\d{1,15}", keep):
+        raise typer.BadParameter(
+            f"{keep!r} is neither a part such as 0.2 nor a number such as 100", param_hint="--keep"
+        )
+    count = None if keep is None else float(keep) if "." in keep else int(keep)
+
+    from udsstream.scoring_config import load_scoring_config
+    from udsstream.scoring_job import CACHE, run_folder_of, score_and_curate
+
+    folder = run or run_folder_of(out)
+    settings = load_scoring_config(config, overrides, score=stream, model=model, keep=count, cache=folder / CACHE)
+    show = settings.progress_bar and not as_json and is_rank_zero()
+    with _scoring_progress(show=show) as scoring, _progress(show=show) as writing:
+        result = score_and_curate(
+            settings, out, output=output, run=folder, verify=verify, scoring=scoring, writing=writing
+        )
+    if result is None:
+        return
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return
+    _print(result.curated)
+    rate = "" if result.samples_per_second is None else f", {result.samples_per_second:,.1f} samples/s"
+    print(f"Kept {result.kept:,} of {result.samples:,} scored samples{rate}. The record: udsstream log {result.run}")
+
+
+@contextmanager
+def _scoring_progress(*, show: bool) -> Any:
+    """A callback for the pass, and a bar on stderr: windows, samples/s, tokens/s, and the time that is left at this rate."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("samples {task.fields[rates]}"))
+    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar:
+        task = bar.add_task("scoring", total=None, rates="")
+
+        def report(done: Any) -> None:
+            left = done.seconds_left
+            rates = ""
+            if done.seconds_here and left is not None:
+                rates = (
+                    f"· {done.samples_here / done.seconds_here:,.1f} samples/s · {done.tokens_here / done.seconds_here:,.0f} tokens/s · "
+                    f"left {timedelta(seconds=round(left))}"
+                )
+            bar.update(task, completed=done.samples, total=done.all_samples, rates=rates)
+
+        yield report
 
 
 def _print(result: Any) -> None:
