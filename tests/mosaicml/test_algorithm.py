@@ -13,6 +13,7 @@ import pytest
 import torch
 from composer.core import Callback, TimeUnit
 from composer.loggers import InMemoryLogger
+from composer.utils.parallelism import TPConfig
 from tiny import TinyRun, collate, llama, write_stream
 from torch.utils.data import DataLoader
 
@@ -349,6 +350,14 @@ def test_a_score_that_is_not_a_number_names_its_sample_and_nothing_is_recorded(s
     with pytest.raises(ScoreError, match=r"scores are not finite: nan for sample \d+ \(position \d\)"):
         train(run, model=model)
     assert len(SelectionLog.open(tmp_path / "log").steps()) == 0
+
+
+def test_tensor_parallelism_is_refused(streams, tmp_path):
+    trainer = TinyRun(streams=streams, folder=str(tmp_path), duration="2ba").trainer()
+    trainer.state.tp_config = TPConfig()
+    with pytest.raises(ConfigError, match=r"parallelism_config\['tp'\] .* so leave 'tp' out"):
+        trainer.fit()
+    trainer.close()
 
 
 def test_trimming_equals_collating_the_kept_rows_alone(streams):

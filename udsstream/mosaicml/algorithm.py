@@ -35,7 +35,7 @@ from udsstream.config import (
     SelectionConfig,
     config_difference,
 )
-from udsstream.errors import ConfigError, ResumeError
+from udsstream.errors import ConfigError, RankError, ResumeError
 from udsstream.mosaicml.dataset import (
     StreamIdentity,
     canonical_nodes,
@@ -44,7 +44,7 @@ from udsstream.mosaicml.dataset import (
     streaming_dataset_of,
 )
 from udsstream.mosaicml.decision import Decision
-from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, kept_batch
+from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, greatest_over_ranks, kept_batch
 from udsstream.mosaicml.recording import record, record_push
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_run
@@ -427,6 +427,19 @@ class OnlineBatchSelection(Algorithm):
             raise ConfigError(
                 f"the data set gives each sample to {dataset.replication} ranks (replication), so that they would be chosen from, and "
                 "counted, as many times; leave replication out"
+            )
+        if state.tp_config is not None:
+            raise ConfigError(
+                "parallelism_config['tp'] cuts single layers over ranks that train on the same samples, and the head across its columns; "
+                "selection works with DistributedDataParallel and FSDP2, so leave 'tp' out"
+            )
+        batches = -1 if state.dataloader_len is None else int(state.dataloader_len)
+        most, least = greatest_over_ranks([batches, -batches])
+        if most != -least:
+            raise RankError(
+                f"the ranks' data loaders yield between {-least} and {most} batches an epoch (rank {dist.get_global_rank()}: {batches}), so "
+                "some ranks would wait for others that have ended; give all the same number, as StreamingDataset does (drop_last, or a "
+                "number of samples that all can share)"
             )
 
     def _check_batch_size(self, state: State) -> None:
