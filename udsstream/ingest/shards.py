@@ -10,6 +10,7 @@ to a file in `spill/`. So it is bounded by `budget`, by what a shard takes while
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from collections import deque
@@ -252,7 +253,7 @@ def _write_shard(
     entry: dict[str, Any] = {"samples": count, "raw_data": _describe(layout, name, raw), "zip_data": None}
     if layout.compression:
         name = f"{name}.{get_compression_extension(layout.compression)}"
-        raw = compress(layout.compression, raw)
+        raw = _compress(layout.compression, raw)
         entry["zip_data"] = _describe(layout, name, raw)
     path = folder / name
     with write_errors(path):
@@ -264,6 +265,13 @@ def _write_shard(
         if spilled is not None:
             spilled.unlink()
     return entry | writer.get_config()
+
+
+def _compress(how: str, data: bytes) -> bytes:
+    name, _, level = how.partition(":")
+    if name == "gz":  # Streaming's would have the time in its header, and so other bytes each time
+        return gzip.compress(data, int(level or 9), mtime=0)
+    return compress(how, data)
 
 
 def _describe(layout: Layout, name: str, data: bytes) -> dict[str, Any]:
