@@ -2,8 +2,9 @@
 
 A stream's index must be, byte for byte, the one that the log records, and a shard must have the size (and, if asked, the hashes) that
 the index records. Then only the offsets of the wanted samples are read, and later their bytes: in the order asked for, a block of at
-most 64 MiB in memory, within a block shard by shard. What is remote, or only compressed, is fetched by Streaming into a cache folder,
-which comes to hold every shard that a wanted sample lies in. No StreamingDataset is made and no shared memory taken.
+most 64 MiB in memory, within a block shard by shard. What is remote, or only compressed, is fetched by Streaming into a cache folder, a
+sub-folder for each location, which comes to hold every shard that a wanted sample lies in. No StreamingDataset is made and no shared
+memory taken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ import numpy as np
 
 from udsstream.curate.columns import Column, parse_columns
 from udsstream.errors import ConfigError, DataError, ShardError
-from udsstream.job_folder import write_errors
+from udsstream.job_folder import replace_file, write_errors
 from udsstream.stream_index import INDEX, INDEX_LIMIT, Shard, check_file, parse_index, pieces
 
 __all__ = ["Located", "Samples", "SourceStream", "recorded_streams", "whole_stream"]
@@ -301,13 +303,11 @@ class Samples:
             return self._opened[number]
         stream = self.streams[number]
         location = self._places.get(stream.name, stream.location)
-        cache = self._cache / f"{number:05d}"
+        cache = self._cache / hashlib.sha256(location.encode()).hexdigest()[:16]
         folder = None if "://" in location else Path(location)
         index = self._read_index(stream, location, folder, cache)
         digest = hashlib.sha256(index).hexdigest()
         if stream.index_sha256 not in (None, digest):
-            if folder is None:
-                (cache / INDEX).unlink(missing_ok=True)  # the next try fetches it anew
             raise DataError(
                 f"stream {stream.name!r} at {location} is not the one that the run was trained on: its index has the SHA-256 "
                 f"{digest[:16]}…, run.json records {str(stream.index_sha256)[:16]}…, so that ids would name other samples; say where the "
@@ -332,7 +332,7 @@ class Samples:
         hint = f"if it moved, say where it is: --stream {stream.name}=PATH"
         if folder is None:
             try:
-                _fetcher(location, cache)
+                _fetch_index(location, cache)
             except Exception as error:  # whatever a cloud's client raises
                 _raise_if_full(error, cache)
                 raise DataError(
@@ -358,6 +358,8 @@ class Samples:
                     f"shard {path} of stream {opened.name!r} is missing; put it back, or say where the stream is: --stream "
                     f"{opened.name}=PATH"
                 )
+        if opened.folder is not None and opened.fetcher is None:
+            _keep_index(opened.index, opened.cache)
         path = opened.cache / raw.name
         if path.exists() and path.stat().st_size != raw.size:
             path.unlink()  # of a job that was killed while it wrote it
@@ -365,9 +367,6 @@ class Samples:
             return path
         try:
             if opened.fetcher is None:
-                if opened.folder is not None:
-                    opened.cache.mkdir(parents=True, exist_ok=True)
-                    (opened.cache / INDEX).write_bytes(opened.index)
                 opened.fetcher = _fetcher(opened.remote, opened.cache)
             stream, readers = opened.fetcher
             for _, part in readers[number].file_pairs:
@@ -449,6 +448,30 @@ class Samples:
             f"shard {self._paths[number]} is corrupt: a sample of {len(row)} bytes is not what its columns say; fetch it again from its "
             "remote, or rebuild the stream"
         )
+
+
+def _fetch_index(remote: str, cache: Path) -> None:
+    """Puts the remote's index, as it is now, into the cache; shards that an older one listed are removed from it."""
+    older = (cache / INDEX).read_bytes() if (cache / INDEX).exists() else None
+    for name in (INDEX, f"{INDEX}.tmp"):  # Streaming would take either for the index, and one of them may be half
+        (cache / name).unlink(missing_ok=True)
+    _fetcher(remote, cache)
+    newer = (cache / INDEX).read_bytes()
+    if older not in (None, newer):
+        _keep_index(newer, cache, older=older)
+
+
+def _keep_index(index: bytes, cache: Path, older: bytes | None = None) -> None:
+    """Makes `index` the cache's; what is there of another is removed."""
+    if older is None and (cache / INDEX).exists():
+        older = (cache / INDEX).read_bytes()
+    if older == index:
+        return
+    with write_errors(cache):
+        if older is not None:
+            shutil.rmtree(cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        replace_file(cache / INDEX, index)
 
 
 def _fetcher(remote: str, cache: Path) -> tuple[Any, Any]:
