@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python tests/ingest/bench_ingest.py [--megabytes 100] [--small-rows 1_000_000] [--repeats 3] [--gsm8k DIR]
 
-The loop is `MDSWriter.write(json.loads(line))` with the same hashes and shard size. Each run is a process of its own; the clock runs from the
-open source to the last shard, imports left out. Wall time, processor time of the process and its workers, and the largest resident
-memory: of the main process, and of the largest worker. Turns alternate, and medians are shown. Other work on the machine
-disturbs seconds much more than ratios: compare only within one run.
+The loop is `MDSWriter.write(json.loads(line))` with the same hashes and shard size. Each run is a process of its own; the clock runs
+from the open source to the last shard, imports left out. Shown are wall time, processor time (the main process's and its workers'),
+and the largest resident memory of either. Turns alternate, and medians are taken. Other work on the machine disturbs seconds much
+more than ratios: compare only within one run. With every core taken by others, more workers cannot show in the wall time; the
+share of the processor time that workers took tells how far they would go.
 
 Texts are GSM8K's where its folder is given; otherwise words of about the same lengths.
 """
@@ -69,17 +70,17 @@ def run(contender: str, source: Path, out: Path) -> dict[str, float]:
         def job() -> None:
             ingest(IngestConfig(source=(str(source),), out=out), workers=int(contender[0]))
 
-    begun, cpu = time.perf_counter(), _cpu()
+    begun, own, workers = time.perf_counter(), *_cpu()
     job()
-    found = {"seconds": time.perf_counter() - begun, "cpu": _cpu() - cpu}
+    found = {"seconds": time.perf_counter() - begun, "own": _cpu()[0] - own, "workers": _cpu()[1] - workers}
     for who, name in ((resource.RUSAGE_SELF, "memory"), (resource.RUSAGE_CHILDREN, "worker memory")):
         found[name] = resource.getrusage(who).ru_maxrss * 1024
     return found
 
 
-def _cpu() -> float:
+def _cpu() -> tuple[float, float]:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime
 
 
 def compare(title: str, source: Path, folder: Path, repeats: int) -> None:
@@ -104,9 +105,10 @@ def compare(title: str, source: Path, folder: Path, repeats: int) -> None:
     for name in CONTENDERS:
         took = {key: statistics.median(turn[key] for turn in found[name]) for key in found[name][0]}
         base = base or took
+        cpu = (took["own"] + took["workers"]) / (base["own"] + base["workers"])
         print(
             f"  {name:15} {rows / took['seconds']:9,.0f} rows/s {size / took['seconds'] / 1e6:6.1f} MB/s"
-            f"  speed ×{base['seconds'] / took['seconds']:.2f}  processor time ×{took['cpu'] / base['cpu']:.2f}"
+            f"  speed ×{base['seconds'] / took['seconds']:.2f}  processor time ×{cpu:.2f}, {took['workers'] / (took['own'] + took['workers']):.0%} in workers"
             f"  memory {took['memory'] / 1e6:.0f} MB, worker {took['worker memory'] / 1e6:.0f} MB"
         )
 

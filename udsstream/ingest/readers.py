@@ -109,7 +109,7 @@ def _jsonl_blocks(file: SourceFile, start: Position, max_row: int) -> Iterator[B
             continue
         if size + chunk.find(b"\n") > max_row + CHUNK:  # too long to be kept whole
             cut = chunk.find(b"\n") + 1
-            yield Block(Position(number, at, first, unit), 1, _overlong(held[0], size + cut, max_row), consumed)
+            yield Block(Position(number, at, first, unit), 1, _overlong(held[0], size + cut - 1, max_row), consumed)
             at, first, unit, held, size = at + size + cut, first + 1, unit + 1, [], 0
             chunk, end = chunk[cut:], end - cut
         payload = b"".join([*held, chunk[:end]])

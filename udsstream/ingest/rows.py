@@ -136,10 +136,9 @@ def _samples(block: Block) -> Iterator[tuple[int, Row | Bad]]:
                         row[ending] = int(data)
                     else:
                         row[ending] = data
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
                 except ValueError as error:
-                    raise ValueError(f"member .{ending}: {error}") from None
+                    why = f"not UTF-8 at byte {error.start + 1}" if isinstance(error, UnicodeDecodeError) else error
+                    raise ValueError(f"member .{ending}: {why}") from None
         except ValueError as error:
             yield offset, Bad(f"sample {key!r}, {error}", *_shown(members))
         else:

@@ -122,7 +122,7 @@ class ShardSet:
     def add(self, block: Block, encoded: Encoded, rows_before: int) -> Iterator[FinishedShard]:
         """Takes a block's samples; yields the shards that were finished by now, in the order in which they were begun to be."""
         for value, samples in encoded.streams.items():
-            self._add(self._stream(value), block, samples, rows_before)
+            yield from self._add(self._stream(value), block, samples, rows_before)
         while self._waiting > self._budget:
             self._spill(max(self._streams.values(), key=lambda stream: stream.waiting))
         yield from self._finished(self._threads)
@@ -152,7 +152,7 @@ class ShardSet:
             stream = self._streams[value] = _Open(value, folder, self._writer.extra_bytes_per_shard)
         return stream
 
-    def _add(self, stream: _Open, block: Block, samples: Samples, rows_before: int) -> None:
+    def _add(self, stream: _Open, block: Block, samples: Samples, rows_before: int) -> Iterator[FinishedShard]:
         data, sizes = memoryview(samples.data), np.frombuffer(samples.sizes, np.uint32)
         units = np.frombuffer(samples.offsets, np.uint32).astype(np.int64) + block.start.unit
         if block.start.unit <= stream.done:
@@ -180,6 +180,7 @@ class ShardSet:
                 begin = end
             if begin < len(sizes):
                 self._cut(stream, block.start, rows_before)
+                yield from self._finished(self._threads)
 
     def _cut(self, stream: _Open, at: Position, rows_before: int) -> None:
         """The stream's shard is full."""
