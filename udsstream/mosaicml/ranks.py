@@ -145,7 +145,8 @@ def gather_candidates(
             )
         order = canonical_order(counts, dist.get_local_world_size())
         rows = gathered[torch.from_numpy(order.rank), torch.from_numpy(order.row) + 1]
-        ids, tokens = rows[:, :2].contiguous().view(torch.int64).flatten().tolist(), rows[:, 2].tolist()
+        # Flat before its view as int64: one row alone counts as contiguous, whatever its stride.
+        ids, tokens = rows[:, :2].flatten().view(torch.int64).tolist(), rows[:, 2].tolist()
         host = rows[:, 3:].contiguous().view(torch.float32)
     known = {"order": order, "sample_ids": ids, "lengths": tokens}
     if scored is None:
