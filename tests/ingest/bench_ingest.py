@@ -105,10 +105,11 @@ def compare(title: str, source: Path, folder: Path, repeats: int) -> None:
     for name in CONTENDERS:
         took = {key: statistics.median(turn[key] for turn in found[name]) for key in found[name][0]}
         base = base or took
-        cpu = (took["own"] + took["workers"]) / (base["own"] + base["workers"])
+        cpu = took["own"] + took["workers"]
         print(
             f"  {name:15} {rows / took['seconds']:9,.0f} rows/s {size / took['seconds'] / 1e6:6.1f} MB/s"
-            f"  speed ×{base['seconds'] / took['seconds']:.2f}  processor time ×{cpu:.2f}, {took['workers'] / (took['own'] + took['workers']):.0%} in workers"
+            f"  speed ×{base['seconds'] / took['seconds']:.2f}"
+            f"  processor time ×{cpu / (base['own'] + base['workers']):.2f}, {took['workers'] / cpu:.0%} of it in workers"
             f"  memory {took['memory'] / 1e6:.0f} MB, worker {took['worker memory'] / 1e6:.0f} MB"
         )
 

@@ -1,4 +1,4 @@
-"""Bad input: each bad row is written down with its place and reason, each bad file is a clear error, and nothing half-written looks whole."""
+"""Each bad row is written down with its place and reason, each bad file is a clear error, and nothing half-written looks whole."""
 
 from __future__ import annotations
 
