@@ -243,6 +243,16 @@ def test_rows_larger_than_a_shard_have_one_of_their_own(tmp_path):
     assert [entry["samples"] for entry in index["shards"]] == [1, 1, 1, 1, 2, 1, 1]
 
 
+def test_a_shard_ends_at_the_same_row_whatever_the_limit(tmp_path):
+    """One of these limits is met to the byte."""
+    rows = [{"s": "x" * 5}] * 100
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    for limit in range(600, 613):  # a row takes 4 + 5 + 4 bytes
+        result = run(source, tmp_path / f"out{limit}", size_limit=limit)
+        plain = plain_loop(rows, {"s": "str"}, tmp_path / f"plain{limit}", size_limit=limit)
+        assert shards(content(result.out)) == plain, limit
+
+
 def test_training_reads_the_streams(tmp_path, config_file):
     from udsstream import pipeline
     from udsstream.run_config import load_run_config

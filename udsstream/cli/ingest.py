@@ -85,10 +85,12 @@ class _Bar:
         )  # fmt: skip
         self._task = self._progress.add_task("", total=None, rates="")
         self._first: tuple[float, Any] | None = None
+        self._shown = False
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._shown:
+            self._progress.stop()
 
     def show(self, progress: Any) -> None:
         import time
@@ -96,7 +98,9 @@ class _Bar:
         now = time.monotonic()
         if self._first is None:
             self._first = (now, progress)
-            self._progress.start()  # not earlier: it has a thread, and workers are forked first
+            self._shown = not self._progress.disable
+            if self._shown:
+                self._progress.start()  # not earlier: it has a thread, and workers are forked first
         begun, first = self._first
         seconds = max(now - begun, 1e-9)
         rates = f"{progress.rows:,} rows"
@@ -114,7 +118,8 @@ def _summary(result: Any) -> str:
     lines = [
         f"{rows['read']:,} rows read = {rows['written']:,} written + {rows['rejected']:,} rejected"
         + (f" ({rows['blank_lines']:,} blank lines)" if rows["blank_lines"] else ""),
-        f"{shards:,} shards in {result.out}" + (f", {len(streams):,} streams" if "folder" in streams[0] else ""),
+        f"{shards:,} shard{'s' if shards > 1 else ''} in {result.out}"
+        + (f", {len(streams):,} streams" if "folder" in streams[0] else ""),
         "columns: " + ", ".join(f"{column['name']} ({column['encoding']})" for column in manifest["columns"]),
     ]
     if rows["rejected"]:
