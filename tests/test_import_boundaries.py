@@ -58,8 +58,9 @@ def trespassers(loaded: set[str], forbidden: set[str]) -> set[str]:
         (modules_of("udsstream.selection_log"), LOG),
         (modules_of("udsstream.audit"), LOG),
         (modules_of("udsstream.report"), LOG | {"matplotlib"}),
+        (modules_of("udsstream.curate"), LOG | {"webdataset", "datasets", "pandas"}),
     ],
-    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log", "audit", "report"],
+    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log", "audit", "report", "curate"],
 )
 def test_a_layer_loads_nothing_that_it_must_not_know(modules, forbidden):
     assert trespassers(loaded_by("\n".join(f"import {name}" for name in modules)), forbidden) == set()
