@@ -17,9 +17,21 @@ from typing import Any
 
 from udsstream.errors import DataError
 
-__all__ = ["INDEX", "INDEX_LIMIT", "FileCheck", "Shard", "ShardFile", "check_file", "parse_index", "pieces"]
+__all__ = [
+    "INDEX",
+    "INDEX_LIMIT",
+    "WEBDATASET_INDEX",
+    "FileCheck",
+    "Shard",
+    "ShardFile",
+    "check_file",
+    "parse_index",
+    "pieces",
+]
 
 INDEX = "index.json"
+WEBDATASET_INDEX = "udsstream-index.json"
+"""Of a folder of tar shards, in the same form (`udsstream/mosaicml/webdataset_index.py` writes it)."""
 INDEX_LIMIT = 1 << 30
 _CHUNK = 1 << 20
 _FILES = ("raw_data", "raw_meta")

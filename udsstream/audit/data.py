@@ -17,7 +17,16 @@ from udsstream.audit.report import Finding, Ledger
 from udsstream.audit.rows import Decisions
 from udsstream.audit.settings import RunFacts, StreamFacts
 from udsstream.errors import ConfigError, DataError
-from udsstream.stream_index import INDEX, INDEX_LIMIT, Shard, ShardFile, check_file, parse_index, pieces
+from udsstream.stream_index import (
+    INDEX,
+    INDEX_LIMIT,
+    WEBDATASET_INDEX,
+    Shard,
+    ShardFile,
+    check_file,
+    parse_index,
+    pieces,
+)
 
 __all__ = ["check_data"]
 
@@ -58,7 +67,7 @@ def _check_stream(
 ) -> int:
     """How many shard files were looked at."""
     where = f"stream {number} ({stream.name})"
-    index = folder / INDEX
+    index = folder / (WEBDATASET_INDEX if stream.format == "webdataset" else INDEX)
     try:
         data = b"".join(pieces(index, INDEX_LIMIT))
     except OSError as error:

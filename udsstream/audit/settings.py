@@ -29,6 +29,8 @@ class StreamFacts:
     per_epoch: int | None
     """Samples drawn from it in each epoch; None in logs that do not say."""
     index_sha256: str
+    format: str = "mds"
+    """Of its shards: `mds`, or `webdataset`, whose index has another name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,7 @@ def _streams(listed: Any, ledger: Ledger) -> tuple[StreamFacts, ...] | None:
                 samples=samples,
                 per_epoch=_whole(fields.get("per_epoch"), least=1),
                 index_sha256=texts[2],
+                format=str(fields.get("format", "mds"))[:40],
             )
         )
     if not streams:

@@ -42,6 +42,7 @@ from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_model, library_versions
 from udsstream.mosaicml.run_log import check_same_projection, check_streams, former_memory
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
+from udsstream.mosaicml.webdataset import UDSWebDataset
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["ReplaySelection"]
@@ -126,7 +127,9 @@ class ReplaySelection(Algorithm):
             Event.EPOCH_END: self._restore_rng,
         }
 
-    def dataloader(self, dataset: StreamingDataset, *, collate_fn: Callable[..., Any], **settings: Any) -> DataLoader:
+    def dataloader(
+        self, dataset: StreamingDataset | UDSWebDataset, *, collate_fn: Callable[..., Any], **settings: Any
+    ) -> DataLoader:
         """The data loader that the Trainer must be given.
 
         Args:

@@ -24,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 from udsstream.errors import ReplayError, ShardError
 from udsstream.mosaicml.dataset import with_sample_id
 from udsstream.mosaicml.ranks import CanonicalOrder, canonical_order, shares
+from udsstream.mosaicml.webdataset import UDSWebDataset
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["LoggedDecisions", "LoggedSamples", "LoggedStep", "LoggedSteps"]
@@ -208,7 +209,7 @@ class LoggedSteps(DistributedSampler):
 
 
 class LoggedSamples(Dataset):
-    """Random access to the samples of a StreamingDataset by their ids, downloading shards as they are needed.
+    """Random access to the samples of a data set by their ids, downloading shards as they are needed.
 
     Args:
         dataset: with the streams that the run had, in their order. It is not iterated.
@@ -219,7 +220,7 @@ class LoggedSamples(Dataset):
         ShardError: a shard is missing, damaged, or holds other bytes than the run saw; it names the sample.
     """
 
-    def __init__(self, dataset: StreamingDataset, *, verify_shards: bool) -> None:
+    def __init__(self, dataset: StreamingDataset | UDSWebDataset, *, verify_shards: bool) -> None:
         self.streaming = dataset
         self._verify = verify_shards
 
@@ -249,6 +250,12 @@ class LoggedSamples(Dataset):
 
     def _check_shard(self, sample_id: int) -> None:
         dataset = self.streaming
+        if isinstance(dataset, UDSWebDataset):
+            number = dataset.shard_of(sample_id)
+            if number not in self._checked:
+                dataset.check_shard(sample_id)
+                self._checked.add(number)
+            return
         number = int(dataset.spanner[sample_id][0])
         if number in self._checked:
             return
@@ -269,6 +276,8 @@ class LoggedSamples(Dataset):
 
     def unhashed_streams(self) -> list[str]:
         """Places of the streams with a shard that was written without hashes, so that nobody can tell whether it changed."""
+        if isinstance(self.streaming, UDSWebDataset):
+            return []
         numbers = {
             int(self.streaming.stream_per_shard[number])
             for number, shard in enumerate(self.streaming.shards)
