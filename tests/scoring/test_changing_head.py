@@ -10,11 +10,12 @@ import logging
 import oracles
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from udsstream.errors import ModelError
-from udsstream.mosaicml.head_module import head_version, weight_and_bias
+from udsstream.mosaicml.head_module import head_version, read_head
 from udsstream.scoring import scorer as scorer_module
 from udsstream.scoring.lm_head import LMHead, factor_head, factoring_flops, slices_are_cheaper, slices_flops
 from udsstream.scoring.projection import BilinearProjection
@@ -151,8 +152,8 @@ def score(scorer: CandidateScorer, model, tokens: torch.Tensor, version) -> floa
     """The score that is found, once it is that of the model's own logits now."""
     with torch.no_grad():
         output = model(tokens, output_hidden_states=True)
-    weight, bias, _ = weight_and_bias(model.get_output_embeddings())
-    found = scorer.score_hidden([output.hidden_states[-1][0]], LMHead(weight=weight, bias=bias), version=version)
+    head = read_head(model.get_output_embeddings())
+    found = scorer.score_hidden([output.hidden_states[-1][0]], head, version=version)
     assert oracles.relative_error(found.intra[0], oracles.nuclear_norm(output.logits[0])) < CEILING
     return float(found.intra[0])
 
@@ -210,4 +211,36 @@ def test_a_quantised_head_is_refused_by_name_with_the_remedy(name, dtype):
     with pytest.raises(
         ModelError, match=rf'bitsandbytes\.nn\.modules\.{name}, torch\.\w+ \(16, 1\).*skip_modules=\["lm_head"\]'
     ):
-        weight_and_bias(quantised)
+        read_head(quantised)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_read_by_its_factors_and_left_alone(dora, dtype):
+    """A plain one adds no V×D matrix; and whichever it is, its parameters stay where they are."""
+    v, d = 4000, 96
+    layer = LoraLinear(torch.nn.Linear(d, v, bias=False), "default", r=4, lora_alpha=8, use_dora=dora).to(dtype)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    places = [parameter.data_ptr() for parameter in layer.parameters()]
+
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None:
+                self.values = max(self.values, result.numel())
+            return result
+
+    with Largest() as seen, torch.no_grad():
+        head = read_head(layer)
+    if not dora:
+        assert [parameter.data_ptr() for parameter in layer.parameters()] == places
+        assert seen.values < v * d / 10
+        scale, a, b = layer.scaling["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        expected = layer.base_layer.weight.double() + scale * b.double() @ a.double()
+        assert oracles.relative_error(head.weight_rows(slice(None)).detach().numpy(), expected.detach().numpy()) < 1e-6
+    hidden = normal(20, d)
+    found = CandidateScorer(draw(v)).score_hidden([hidden], head).intra[0]
+    assert oracles.relative_error(found, oracles.nuclear_norm(head.logits(hidden).detach().double().numpy())) < CEILING

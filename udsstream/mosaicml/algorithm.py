@@ -437,7 +437,7 @@ class OnlineBatchSelection(Algorithm):
         most, least = greatest_over_ranks([batches, -batches])
         if most != -least:
             raise RankError(
-                f"the ranks' data loaders yield between {-least} and {most} batches an epoch (rank {dist.get_global_rank()}: {batches}), so "
+                f"the ranks' data loaders yield between {-least} and {most} batches an epoch (rank {dist.get_global_rank()}: {batches}): "
                 "some ranks would wait for others that have ended; give all the same number, as StreamingDataset does (drop_last, or a "
                 "number of samples that all can share)"
             )

@@ -1,4 +1,4 @@
-"""The head's module in a model: finding it, and reading its weight as one matrix whatever peft has wrapped around it.
+"""The head's module in a model: finding it, and reading what it does as a weight with updates, whatever peft has wrapped around it.
 
     V vocabulary, D hidden width
 
@@ -12,10 +12,10 @@ from collections.abc import Hashable
 from torch import Tensor, nn
 
 from udsstream.errors import ModelError
-from udsstream.mosaicml.sharding import in_rows, own_rows, version_parts
-from udsstream.scoring.lm_head import VocabularyShard
+from udsstream.mosaicml.sharding import in_rows, own_rows, version_parts, whole
+from udsstream.scoring.lm_head import LMHead, LowRankUpdate
 
-__all__ = ["find_head", "head_version", "named_module", "vocab_size_of", "weight_and_bias"]
+__all__ = ["find_head", "head_version", "named_module", "read_head", "vocab_size_of"]
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -70,10 +70,10 @@ def head_version(module: nn.Module) -> Hashable:
     return weights, repr([getattr(module, switch, None) for switch in switches])
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
-    """The head's weight (V, D) as it is now, LoRA adapters included, its bias (V,), and which rows both are when they are sharded.
+def read_head(module: nn.Module, *, scale: float = 1.0, softcap: float | None = None) -> LMHead:
+    """The head as it is now, LoRA adapters included; of sharded parameters this rank's rows.
 
-    ModelError: it is no such matrix, or cut otherwise. With adapters on a sharded head a collective.
+    ModelError: its weight is no matrix, or cut otherwise. With adapters on a sharded head a collective.
     """
     module = _trained_copy(module)
     base = _base_layer(module)
@@ -95,16 +95,44 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None, Vocabular
             f"the head is a {type(base).__module__}.{type(base).__name__} ({found}), but only an nn.Linear or nn.Embedding with a "
             "floating-point weight (V, D) can be scored in hidden space."
         )
+    updates: list[LowRankUpdate] = []
     if base is not module:
         if not hasattr(module, "get_delta_weight"):
             raise ModelError(
                 f"the head is adapted by a {type(module).__name__}, whose effective weight cannot be read."
             )
         for adapter in _active_adapters(module):
-            delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
-            weight = weight + in_rows(delta.to(weight.dtype), weight)
+            update = _low_rank_update(module, adapter, weight)
+            if update is not None:
+                updates.append(update)
+            else:
+                delta: Tensor = module.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
+                weight = weight + in_rows(delta.to(weight.dtype), weight)
     rows, shard = own_rows(weight)
-    return rows, None if bias is None else own_rows(bias)[0], shard
+    return LMHead(
+        weight=rows,
+        bias=None if bias is None else own_rows(bias)[0],
+        scale=scale,
+        softcap=softcap,
+        shard=shard,
+        updates=tuple(updates),
+    )
+
+
+def _low_rank_update(module: nn.Module, adapter: str, weight: Tensor) -> LowRankUpdate | None:
+    """What a plain LoRA adapter adds, by its factors; None for other kinds (DoRA, transposed weights, embeddings, a bias of its own).
+
+    peft's own `get_delta_weight` builds V×D, and of half precision on a CPU it writes the factors anew.
+    """
+    lora_a, lora_b = (getattr(module, name, {}) for name in ("lora_A", "lora_B"))
+    if adapter not in lora_a or type(lora_a[adapter]) is not nn.Linear or type(lora_b[adapter]) is not nn.Linear:
+        return None
+    if getattr(module, "use_dora", {}).get(adapter) or getattr(module, "fan_in_fan_out", False):
+        return None
+    if lora_b[adapter].bias is not None:
+        return None
+    up = own_rows(in_rows(lora_b[adapter].weight, weight))[0]
+    return LowRankUpdate(up=up, down=whole(lora_a[adapter].weight), scale=float(module.scaling[adapter]))  # pyright: ignore
 
 
 def _base_layer(module: nn.Module) -> nn.Module:

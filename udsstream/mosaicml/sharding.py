@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from udsstream.errors import ModelError
 from udsstream.scoring.lm_head import VocabularyShard
 
-__all__ = ["check_sharding", "in_rows", "is_sharded", "own_rows", "release", "version_parts"]
+__all__ = ["check_sharding", "in_rows", "is_sharded", "own_rows", "release", "version_parts", "whole"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -81,6 +81,11 @@ def in_rows(weight: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor) and isinstance(weight, DTensor):
         return weight.redistribute(like.device_mesh, like.placements)
     return weight
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The parameter gathered, for small ones. A collective when it is sharded."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def version_parts(parameter: Tensor) -> tuple[int, int]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from udsstream.errors import ModelError
-from udsstream.mosaicml.head_module import find_head, head_version, named_module, vocab_size_of, weight_and_bias
+from udsstream.mosaicml.head_module import find_head, head_version, named_module, read_head, vocab_size_of
 from udsstream.mosaicml.sharding import check_sharding, is_sharded, release
 from udsstream.scoring.lm_head import LMHead
 
@@ -131,8 +131,7 @@ class ModelParts:
         Raises:
             ModelError: the head is of a kind whose weight cannot be read as a matrix.
         """
-        weight, bias, shard = weight_and_bias(self.head_module)
-        return LMHead(weight=weight, bias=bias, scale=form.scale, softcap=form.softcap, shard=shard)
+        return read_head(self.head_module, scale=form.scale, softcap=form.softcap)
 
     def head_version(self) -> Hashable:
         """Changes whenever the head's weight does; None when it trains, since not every optimizer announces its writes."""

@@ -34,6 +34,7 @@ from udsstream.scoring.projection import BilinearProjection
 __all__ = [
     "HeadFactors",
     "LMHead",
+    "LowRankUpdate",
     "VocabularyShard",
     "append_ones",
     "factor_head",
@@ -80,10 +81,21 @@ class VocabularyShard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMHead:
-    """A head: weight (V, D), bias (V,) or None, logit scale, and soft cap or None.
+class LowRankUpdate:
+    """What a LoRA adapter adds to a weight: `scale · up · down`, never built whole."""
 
-    With a `shard` weight and bias are this rank's rows alone, and what says so below is a collective of the shard's group.
+    up: Tensor
+    """(V, r)."""
+    down: Tensor
+    """(r, D)."""
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMHead:
+    """A head: weight (V, D), bias (V,) or None, logit scale, soft cap or None, and low-rank updates of the weight.
+
+    With a `shard` weight, bias and `up` are this rank's rows alone, and what says so below is a collective of the shard's group.
     """
 
     weight: Tensor
@@ -91,6 +103,7 @@ class LMHead:
     scale: float = 1.0
     softcap: float | None = None
     shard: VocabularyShard | None = None
+    updates: tuple[LowRankUpdate, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -145,10 +158,17 @@ class LMHead:
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """[W b][start:stop] of what this rank holds, float32."""
-        rows = self.weight[start:stop].float()
+        rows = self.weight_rows(slice(start, stop)).float()
         if self.bias is None:
             return rows
         return torch.cat([rows, self.bias[start:stop].float()[:, None]], dim=1)
+
+    def weight_rows(self, rows: slice) -> Tensor:
+        """Those rows of the weight that this rank holds: in its own dtype as they are, in float32 with what is added to them."""
+        found = self.weight[rows]
+        for update in self.updates:
+            found = torch.addmm(found.float(), update.up[rows].float(), update.down.float(), alpha=update.scale)
+        return found
 
     def _own_slices(self, width: int) -> Iterator[tuple[int, Tensor]]:
         first = 0 if self.shard is None else self.shard.start
@@ -288,7 +308,7 @@ def _factor_in_place(strips: list[Tensor], edges: list[tuple[int, int]]) -> Tens
 
 
 def _sampled_rows(head: LMHead) -> Tensor:
-    return head.weight[:: -(-max(1, head.weight.shape[0]) // 64)]
+    return head.weight_rows(slice(None, None, -(-max(1, head.weight.shape[0]) // 64)))
 
 
 def slices_are_cheaper(head: LMHead, lengths: Sequence[int], projection: BilinearProjection) -> bool:
