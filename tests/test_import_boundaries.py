@@ -30,6 +30,11 @@ HEAVY = {
 SCORING = {"composer", "streaming", "pyarrow", "transformers", "peft", "udsstream.selection_log", "udsstream.mosaicml"}
 LOG = {"torch", "composer", "streaming", "transformers", "peft", "udsstream.scoring", "udsstream.mosaicml"}
 
+OURS = {
+    f"udsstream.{name}"
+    for name in ("scoring", "selection_log", "mosaicml", "audit", "report", "curate", "ingest", "pipeline", "sft")
+}
+
 
 def modules_of(package: str) -> list[str]:
     folder = ROOT.parent / package.replace(".", "/")
@@ -52,15 +57,16 @@ def trespassers(loaded: set[str], forbidden: set[str]) -> set[str]:
     ("modules", "forbidden"),
     [
         (["udsstream"], HEAVY),
-        (["udsstream.config", "udsstream.errors"], HEAVY),
+        (["udsstream.config", "udsstream.errors", "udsstream.job_folder"], HEAVY),
         (modules_of("udsstream.cli"), HEAVY),
         (modules_of("udsstream.scoring"), SCORING),
         (modules_of("udsstream.selection_log"), LOG),
         (modules_of("udsstream.audit"), LOG),
         (modules_of("udsstream.report"), LOG | {"matplotlib"}),
         (modules_of("udsstream.curate"), LOG | {"webdataset", "datasets", "pandas"}),
+        (modules_of("udsstream.ingest"), {"composer", "peft", "datasets", "pandas", *OURS - {"udsstream.ingest"}}),
     ],
-    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log", "audit", "report", "curate"],
+    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log", "audit", "report", "curate", "ingest"],
 )
 def test_a_layer_loads_nothing_that_it_must_not_know(modules, forbidden):
     assert trespassers(loaded_by("\n".join(f"import {name}" for name in modules)), forbidden) == set()

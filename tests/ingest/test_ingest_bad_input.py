@@ -18,7 +18,7 @@ import zstandard
 from ingested import ANY, content, rejects_of, rows_of, run, write_lines
 
 from udsstream.errors import ConfigError, DataError, OutputExistsError, OutputWriteError
-from udsstream.ingest.run import RejectLimit
+from udsstream.ingest.run import IngestConfig, RejectLimit, ingest
 
 GOOD = [{"s": f"row {i}", "n": i} for i in range(1100)]
 """More than the types are told from."""
@@ -471,6 +471,18 @@ def test_an_output_that_is_not_empty_is_not_touched(tmp_path):
     with pytest.raises(OutputExistsError, match="out is not empty"):
         run(tmp_path / "a.jsonl", tmp_path / "out")
     assert content(tmp_path / "out") == before
+
+
+def test_a_source_that_changes_meanwhile(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", GOOD)
+
+    def touch(progress):
+        with open(source, "a") as file:
+            file.write("{}\n")
+
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while it was ingested \(from \d+ to \d+ bytes\)"):
+        ingest(IngestConfig(source=(str(source),), out=tmp_path / "out"), on_progress=touch)
+    no_result(tmp_path / "out")
 
 
 def test_a_source_that_changes_is_not_gone_on_with(tmp_path):

@@ -245,7 +245,7 @@ def test_rows_larger_than_a_shard_have_one_of_their_own(tmp_path):
 
 def test_a_shard_ends_at_the_same_row_whatever_the_limit(tmp_path):
     """One of these limits is met to the byte."""
-    rows = [{"s": "x" * 5}] * 100
+    rows = [{"s": "x" * 5}] * 60
     source = write_lines(tmp_path / "a.jsonl", rows)
     for limit in range(600, 613):  # a row takes 4 + 5 + 4 bytes
         result = run(source, tmp_path / f"out{limit}", size_limit=limit)

@@ -278,7 +278,7 @@ def _parquet(file: SourceFile) -> Any:
 
     raw = open_file(file)
     try:
-        return pq.ParquetFile(raw, pre_buffer=False)
+        return pq.ParquetFile(raw, pre_buffer=False, buffer_size=CHUNK)
     except Exception as error:
         raw.close()
         raise DataError(
@@ -364,7 +364,8 @@ def hf_dataset(name: HFName) -> Any:
             split = name.split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
             if split not in found:
                 raise ConfigError(
-                    f"hf:{name.path} has the splits {', '.join(found)}: name one, as in hf:{name.path}:{name.config or ''}:{next(iter(found))}"
+                    f"hf:{name.path} has the splits {', '.join(found)}: name one, as in "
+                    f"hf:{name.path}:{name.config or ''}:{next(iter(found))}"
                 )
             found = found[split]
         return found.with_format("arrow")

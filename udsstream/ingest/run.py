@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import udsstream
@@ -25,7 +26,7 @@ from udsstream.ingest.pool import Workers
 from udsstream.ingest.readers import Position, end_of, read_blocks
 from udsstream.ingest.schema import ColumnMap, make_plan
 from udsstream.ingest.shards import BUDGET, Layout, ShardSet
-from udsstream.ingest.sources import Kind, Source, digest, find_source
+from udsstream.ingest.sources import Kind, Source, check_unchanged, digest, find_source
 from udsstream.job_folder import WORK, JobFolder, replace_file
 
 __all__ = ["MANIFEST", "IngestConfig", "IngestResult", "Progress", "RejectLimit", "folder_name", "ingest"]
@@ -188,9 +189,10 @@ class _Run:
             resume, rows = (last.resume, last.rows) if last else (Position(0, 0, 1, 0), 0)
             rejects = Rejects(work, resume)
             stack.callback(rejects.close)
-            hasher = ThreadPoolExecutor(1, "digests")
+            hasher, stop = ThreadPoolExecutor(1, "digests"), Event()
             stack.callback(hasher.shutdown, cancel_futures=True)
-            digests = [hasher.submit(digest, file) for file in self._source.files]
+            stack.callback(stop.set)
+            digests = [hasher.submit(digest, file, stop) for file in self._source.files]
 
             def record(finished: Any) -> None:
                 rejects.sync()
@@ -248,6 +250,9 @@ class _Run:
         digests: list[Future[str | None]],
     ) -> list[str]:
         """Writes the indexes and the manifest; the names to publish, the one that makes the result look whole last."""
+        hashed = [future.result() for future in digests]
+        for file in self._source.files:
+            check_unchanged(file)
         by_stream: dict[str, list[dict[str, Any]]] = {}
         for finished in journal.finished:
             by_stream.setdefault(finished.stream, []).append(finished.shard)
@@ -276,8 +281,8 @@ class _Run:
             "format_version": _VERSION,
             "rows": {"read": rows, "written": written, "rejected": rejects.count, "blank_lines": units - rows},
             "sources": [
-                {"name": file.name, "bytes": file.bytes, "sha256": found.result()}
-                for file, found in zip(self._source.files, digests, strict=True)
+                {"name": file.name, "bytes": file.bytes, "sha256": sha256}
+                for file, sha256 in zip(self._source.files, hashed, strict=True)
             ],
             "streams": streams,
             "settings": {key: value for key, value in settings.items() if not key.startswith("source ")},

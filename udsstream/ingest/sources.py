@@ -12,11 +12,23 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, Literal, get_args
 
 from udsstream.errors import ConfigError, DataError
 
-__all__ = ["CHUNK", "HFName", "Kind", "Source", "SourceFile", "chunks", "digest", "find_source", "open_file"]
+__all__ = [
+    "CHUNK",
+    "HFName",
+    "Kind",
+    "Source",
+    "SourceFile",
+    "check_unchanged",
+    "chunks",
+    "digest",
+    "find_source",
+    "open_file",
+]
 
 Kind = Literal["jsonl", "parquet", "csv", "webdataset", "hf", "text"]
 
@@ -318,19 +330,27 @@ def _skip(pieces: Iterator[tuple[bytes, int]], at: int) -> Iterator[tuple[bytes,
         at = 0
 
 
-def digest(file: SourceFile) -> str | None:
-    """SHA-256 of the file's own bytes; None for a URL, which would be fetched a second time.
-
-    Raises:
-        DataError: the file is not the one that the job began with.
-    """
+def digest(file: SourceFile, stop: Event) -> str | None:
+    """SHA-256 of the file's own bytes; None for a URL, which would be fetched a second time. Ends early when `stop` is set."""
     if "://" in file.location:
         return None
     found = hashlib.sha256()
-    with open_file(file) as raw:
-        while chunk := raw.read(CHUNK):
-            found.update(chunk)
-        info = os.fstat(raw.fileno())
-    if (info.st_size, str(info.st_mtime_ns)) != (file.bytes, file.stamp):
-        raise DataError(f"{file.location} was changed while it was ingested: let it be finished, and begin anew")
+    try:
+        with open_file(file) as raw:
+            while (chunk := raw.read(CHUNK)) and not stop.is_set():
+                found.update(chunk)
+    except OSError as error:
+        raise _unreadable(file.location, error) from error
     return found.hexdigest()
+
+
+def check_unchanged(file: SourceFile) -> None:
+    """Raises DataError when a file is not the one that the job began with. (Of a URL only its server could tell.)"""
+    if "://" in file.location:
+        return
+    now = _local(Path(file.location), file.name)
+    if now != file:
+        raise DataError(
+            f"{file.location} was changed while it was ingested (from {file.bytes} to {now.bytes} bytes): wait until it is finished, "
+            "delete _job in the output folder, and begin anew"
+        )
