@@ -100,6 +100,7 @@ def looks_whole(out: Path) -> bool:
     return any((path / "index.json").exists() for path in [out, *out.glob("[!_]*/")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "webdataset", "text"])
 def test_a_kill_at_any_call_to_the_disk_and_again_while_resuming(tmp_path, kind):
     source, settings = write_source(tmp_path, kind, language_rows(1500)), settings_for(kind)
@@ -133,18 +134,19 @@ def test_a_kill_at_any_call_to_the_disk_and_again_while_resuming(tmp_path, kind)
     assert resumed_later > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_kills_at_random_moments(tmp_path, workers):
-    source = write_source(tmp_path, "jsonl", language_rows(3000))
+    source = write_source(tmp_path, "jsonl", language_rows(2000))
     begun = time.monotonic()
     whole = content(run(source, tmp_path / "whole", workers=workers, **SETTINGS).out)
     took = time.monotonic() - begun
     draw = random.Random(workers)
     out, kills = tmp_path / "out", 0
-    for turn in range(60):
+    for turn in range(30):
         process = fork.Process(target=child, args=(source, out, workers, SETTINGS, None))
         process.start()
-        process.join(draw.uniform(0.1, 0.6) * took * (1 + turn / 10))
+        process.join(draw.uniform(0.1, 0.6) * took * (1 + turn / 4))
         if process.exitcode is None:
             below = psutil.Process(process.pid).children(recursive=True)
             os.kill(process.pid, signal.SIGKILL)
