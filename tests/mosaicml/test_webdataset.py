@@ -474,6 +474,21 @@ def test_it_audits_clean_with_its_data(reference, shards, tmp_path):
     assert "part-001.tar has the sha256" in finding.message
 
 
+def test_what_cannot_read_tar_shards_says_so(reference, tmp_path):
+    from udsstream.curate.chosen import Choice
+    from udsstream.curate.write import Output, curate_log
+    from udsstream.report.write import write_report
+
+    log = Path(reference[0].folder) / "log"
+    with pytest.raises(
+        DataError, match=r"stream 'train' of the format 'webdataset', and samples are copied from MDS alone"
+    ):
+        curate_log(log, tmp_path / "out", choice=Choice(), output=Output(format="jsonl"))
+    page = tmp_path / "report.html"
+    write_report(log, out=page)
+    assert "is of the format &#x27;webdataset&#x27;, and text is shown from MDS alone" in page.read_text()
+
+
 def test_the_same_run_with_workers(reference, folder, tmp_path):
     run, weights = reference
     other = WebRun(source=folder, folder=str(tmp_path), workers=2)
@@ -507,11 +522,12 @@ def test_killed_and_resumed_it_is_the_same_run(reference, folder, tmp_path, work
     run, weights = reference
     processes, moments = launch.forkserver(), random.Random(workers)
     other = WebRun(source=folder, folder=str(tmp_path), workers=workers)
-    for _ in range(2):
-        (process,) = launch.start(processes, 1, other)
-        process.join(moments.uniform(1.5, 4))
-        process.kill()
-        process.join()
+    (process,) = launch.start(processes, 1, other)
+    while not list(tmp_path.glob("checkpoints/ep*")) and process.exitcode is None:
+        process.join(0.05)
+    process.join(moments.uniform(0, 0.5))
+    process.kill()
+    process.join()
     assert launch.finish(launch.start(processes, 1, other)) == [0]
     assert decisions(tmp_path).equals(decisions(run.folder))
     found = torch.load(tmp_path / "weights.pt", weights_only=True)

@@ -301,6 +301,10 @@ def _open_stream(number: int, run: Mapping[str, Any], places: Mapping[str, str |
         raise _Unreadable(f"run.json does not say where the stream {name!r} is; --stream NAME=PATH does.")
     if "://" in str(location):
         raise _Unreadable(f"the stream {name!r} is remote ({location}); --stream NAME=PATH names a local copy.")
+    if (format := streams[number].get("format", "mds")) != "mds":
+        raise _Unreadable(
+            f"the stream {name!r} is of the format {str(format)[:40]!r}, and text is shown from MDS alone."
+        )
     folder = Path(location)
     index = folder / "index.json"
     try:
