@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from udsstream.curate.chosen import Choice, choose, largest_output
 from udsstream.errors import ConfigError, LogError
 from udsstream.selection_log.reader import SelectionLog
+from udsstream.selection_log.writer import SelectionLogWriter
 
 LOGS: dict[str, dict[str, Any]] = {
     "one rank": {"steps": 23},
@@ -156,6 +157,29 @@ def test_the_logs_have_what_the_rules_are_about(tmp_path):
     assert everything.num_rows > found.candidates
     old = {row["sample_id"] for row in everything.to_pylist() if row["selected"]}
     assert old != set(choose(log, Choice()).sample_id.tolist())
+
+
+def test_samples_of_one_step_come_in_training_order(tmp_path):
+    """Which is not that of their positions here; one sample is chosen twice in the step, at its second turn first."""
+    writer = SelectionLogWriter.create(
+        tmp_path / "run", run=uds_log.run(), rank=0, world_size=1, embeddings="none", embedding_dim=6, buffer_capacity=9
+    )
+    for step, (ids, order) in enumerate((([5, 3, 9, 3], [2, 3, 0, 1]), ([9, 7, 5, 1], [1, 3, 0, 2]))):
+        columns = {
+            name: values[:4] for name, values in uds_log.candidates(step, rows=7, method="uds", scored=True).items()
+        }
+        intra = np.arange(4, dtype=np.float32)
+        columns |= {
+            "sample_id": np.array(ids),
+            "selected": np.ones(4, bool),
+            "train_order": np.array(order, np.int32),
+            "intra": intra,
+        }
+        writer.append(step, columns)
+    writer.close()
+    found = choose(SelectionLog.open(tmp_path / "run"), Choice())
+    assert found.sample_id.tolist() == [9, 3, 5, 1, 7]
+    assert found.intra.tolist() == [2, 3, 0, 3, 1]
 
 
 @settings(max_examples=60)

@@ -18,7 +18,17 @@ import numpy as np
 from udsstream.curate.chosen import Chosen
 from udsstream.errors import ConfigError, DataError, ShardError
 
-__all__ = ["ADDED", "AddedColumns", "Column", "Kind", "check_clash", "decode", "parse_columns", "with_array_shapes"]
+__all__ = [
+    "ADDED",
+    "AddedColumns",
+    "Column",
+    "Kind",
+    "check_clash",
+    "decode",
+    "decoder",
+    "parse_columns",
+    "with_array_shapes",
+]
 
 Kind = Literal["text", "json", "integer", "float", "number", "bytes", "jpeg", "png", "array", "image list"]
 """What a column holds. `number`: an integer or a decimal without limit, kept as its digits. `image list`: what only MDS can hold."""
@@ -126,18 +136,28 @@ def _column(name: str, encoding: str, size: Any, where: str) -> Column:
 
 
 def decode(column: Column, raw: bytes, sample_id: int) -> Any:
-    """The value of a column: str, a JSON value, int, float, Decimal, bytes, or an array.
+    """The value of a column: str, a JSON value, int, float, Decimal, bytes, or an array. Raises as what `decoder` gives."""
+    return decoder(column)(raw, sample_id)
 
-    Raises:
-        ShardError: the bytes are no such value.
+
+def decoder(column: Column) -> Callable[[bytes, int], Any]:
+    """`decode` of one column, for many samples.
+
+    Raises (the function that it gives):
+        ShardError: the bytes are no such value; it names the sample.
     """
-    try:
-        return _decoder(column)(raw)
-    except (ValueError, KeyError, IndexError, TypeError, struct.error, ArithmeticError, RecursionError) as error:
-        raise ShardError(
-            f"sample {sample_id}: column {column.name!r} cannot be decoded as {column.encoding} ({type(error).__name__}: {error}); "
-            "the shard that holds it is corrupt: fetch it again, or rebuild the stream"
-        ) from error
+    plain = _decoder(column)
+
+    def decoded(raw: bytes, sample_id: int) -> Any:
+        try:
+            return plain(raw)
+        except (ValueError, KeyError, IndexError, TypeError, struct.error, ArithmeticError, RecursionError) as error:
+            raise ShardError(
+                f"sample {sample_id}: column {column.name!r} cannot be decoded as {column.encoding} ({type(error).__name__}: {error}); "
+                "the shard that holds it is corrupt: fetch it again, or rebuild the stream"
+            ) from error
+
+    return decoded
 
 
 def _decoder(column: Column) -> Callable[[bytes], Any]:
@@ -145,7 +165,8 @@ def _decoder(column: Column) -> Callable[[bytes], Any]:
     if base == "str":
         return _text
     if base in _STRUCT:
-        return lambda raw: struct.unpack(_STRUCT[base], raw)[0]
+        unpack = struct.Struct(_STRUCT[base]).unpack
+        return lambda raw: unpack(raw)[0]
     if base == "json":
         return json.loads
     if base == "ndarray":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from udsstream.curate.columns import Column, decode
+from udsstream.curate.columns import Column, decoder
 from udsstream.curate.formats import Compression, Row, compressed
 from udsstream.errors import DataError
 
@@ -35,14 +35,14 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
     Raises:
         DataError: a number is not finite.
     """
-    forms = [_form(column) for column in columns]
+    steps = [(column.name, decoder(column), _form(column)) for column in columns]
     dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
     with compressed(path, compression) as file:
         for row in rows:
-            line = {
-                column.name: None if raw is None else form(decode(column, raw, row.sample_id))
-                for column, raw, form in zip(columns, row.values, forms, strict=True)
-            }
+            line = {}
+            for (name, decoded, form), raw in zip(steps, row.values, strict=True):
+                value = None if raw is None else decoded(raw, row.sample_id)
+                line[name] = value if form is None or raw is None else form(value)
             try:
                 text = dump(line)
             except ValueError as error:
@@ -66,7 +66,8 @@ def _is_json(value: Any, dump: Callable[[Any], str]) -> bool:
     return True
 
 
-def _form(column: Column) -> Callable[[Any], Any]:
+def _form(column: Column) -> Callable[[Any], Any] | None:
+    """What a value becomes; None: it is JSON as it is."""
     if column.kind in ("bytes", "jpeg", "png"):
         return lambda value: {"base64": base64.b64encode(value).decode()}
     if column.kind == "array" and column.fixed_dtype:
@@ -75,4 +76,4 @@ def _form(column: Column) -> Callable[[Any], Any]:
         return lambda value: {"dtype": value.dtype.name, "values": value.tolist()}
     if column.kind == "number":
         return str
-    return lambda value: value
+    return None

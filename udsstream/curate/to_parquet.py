@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from udsstream.curate.columns import Column, decode
+from udsstream.curate.columns import Column, decode, decoder
 from udsstream.curate.formats import Compression, Row
 from udsstream.errors import DataError
 
@@ -105,14 +105,16 @@ def _array(column: Column, cells: Sequence[tuple[int, bytes | None]], type: pa.D
             raise
     if column.kind == "array":
         return _nested(column, cells, type)
-    return pa.array([None if raw is None else decode(column, raw, sample_id) for sample_id, raw in cells], type)
+    decoded = decoder(column)
+    return pa.array([None if raw is None else decoded(raw, sample_id) for sample_id, raw in cells], type)
 
 
 def _nested(column: Column, cells: Sequence[tuple[int, bytes | None]], type: pa.DataType) -> pa.Array:
     values: list[np.ndarray] = []
+    decoded = decoder(column)
     for sample_id, raw in cells:
         assert raw is not None
-        value = decode(column, raw, sample_id)
+        value = decoded(raw, sample_id)
         assert column.shape is not None
         if value.dtype.name != column.dtype or value.ndim != len(column.shape):
             raise DataError(

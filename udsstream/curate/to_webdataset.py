@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from udsstream.curate.columns import Column, decode
+from udsstream.curate.columns import Column, decoder
 from udsstream.curate.formats import Compression, Row, compressed
 from udsstream.errors import DataError
 
@@ -59,7 +59,7 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
     """Writes one tar file."""
     from webdataset.writer import TarWriter
 
-    forms = [(column, member(column), _form(column)) for column in columns]
+    forms = [(column, member(column), _form(column), decoder(column)) for column in columns]
     with compressed(path, compression) as file:
         writer = TarWriter(
             cast(BinaryIO, file),
@@ -76,9 +76,9 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
             for row in rows:
                 sample: dict[str, Any] = {"__key__": f"{row.sample_id:012d}"}
                 added = {}
-                for (column, name, form), raw in zip(forms, row.values, strict=True):
+                for (column, name, form, decoded), raw in zip(forms, row.values, strict=True):
                     if column.added:
-                        added[column.name] = None if raw is None else decode(column, raw, row.sample_id)
+                        added[column.name] = None if raw is None else decoded(raw, row.sample_id)
                     elif raw is not None:
                         sample[name] = form(raw, row.sample_id)
                 if added:
@@ -89,11 +89,12 @@ def write(path: Path, columns: Sequence[Column], rows: Iterable[Row], compressio
 def _form(column: Column) -> Callable[[bytes, int], bytes]:
     if column.kind in ("text", "json", "bytes", "jpeg", "png"):
         return lambda raw, sample_id: raw
+    decoded = decoder(column)
     if column.kind == "array":
-        return lambda raw, sample_id: _npy(decode(column, raw, sample_id))
-    if column.encoding in ("str_int", "str_decimal"):
-        return lambda raw, sample_id: json.dumps(str(decode(column, raw, sample_id))).encode()
-    return lambda raw, sample_id: json.dumps(decode(column, raw, sample_id)).encode()
+        return lambda raw, sample_id: _npy(decoded(raw, sample_id))
+    if column.kind == "number":
+        return lambda raw, sample_id: json.dumps(str(decoded(raw, sample_id))).encode()
+    return lambda raw, sample_id: json.dumps(decoded(raw, sample_id)).encode()
 
 
 def _npy(value: np.ndarray) -> bytes:
