@@ -22,6 +22,7 @@ from udsstream.curate.chosen import Choice
 from udsstream.curate.samples import Samples, SourceStream
 from udsstream.curate.write import Curated, Output, curate_log, curate_stream, shard_bounds
 from udsstream.errors import ConfigError, DataError, LogError, OutputExistsError, OutputWriteError, ShardError
+from udsstream.selection_log.reader import SelectionLog
 
 
 def make(root: Path, **settings: Any) -> Path:
@@ -176,6 +177,14 @@ def test_a_log_that_grew_does_not_go_on(tmp_path):
     shutil.copytree(tmp_path / "more" / "run", run)
     with pytest.raises(OutputExistsError, match=r"log: was .*, is "):
         curated(run, tmp_path / "out")
+
+
+def test_a_log_that_grows_meanwhile(tmp_path, monkeypatch):
+    run = make(tmp_path)
+    monkeypatch.setattr(SelectionLog, "heads", lambda self: [os.urandom(32)])
+    with pytest.raises(LogError, match="wrote to its log while it was read"):
+        curated(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_takes_no_more(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uds_log
 import yaml
 from curate_runs import COLUMNS, describe, sample, write_log, write_stream
 
@@ -120,6 +121,14 @@ def test_where_it_comes_from(run, tmp_path):
         text = (tmp_path / "out" / name).read_text()
         assert root in text
         assert str(tmp_path / "out") not in text
+
+
+def test_the_root_is_the_checkpoints(tmp_path):
+    """What a log's root is has been written down before: by the checkpoint after its last step."""
+    log = SelectionLog.open(uds_log.write(tmp_path / "run", steps=6, ranks=3, checkpoints=(6,)))
+    recorded = json.loads((tmp_path / "run" / "_heads" / "ba00000006.json").read_bytes())
+    assert [head.hex() for head in log.heads()] == recorded["heads"]
+    assert merkle_root(log.heads()).hex() == recorded["root"]
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:

@@ -85,8 +85,8 @@ def recorded_streams(run: Mapping[str, Any]) -> tuple[SourceStream, ...]:
             raise DataError(f"run.json: streams[{number}] does not say its name, location, samples and index_sha256")
         if (format := fields.get("format", "mds")) != "mds":
             raise DataError(
-                f"the run was trained on the stream {name!r} of the format {str(format)[:40]!r}, and samples are copied from MDS alone: the "
-                "log names the chosen ones, by shard and place in it (udsstream log RUN --to-parquet)"
+                f"the run was trained on the stream {name!r} of the format {str(format)[:40]!r}, and samples are copied from MDS alone: "
+                "the log names the chosen ones, by shard and place in it (udsstream log RUN --to-parquet)"
             )
         streams.append(
             SourceStream(

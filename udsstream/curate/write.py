@@ -28,7 +28,7 @@ from udsstream.curate.columns import AddedColumns, Column, check_clash, with_arr
 from udsstream.curate.formats import FORMATS, Compression, Format, Row, parse_compression
 from udsstream.curate.provenance import Origin, Part, Used, croissant, data_card
 from udsstream.curate.samples import Located, Samples, recorded_streams, whole_stream
-from udsstream.errors import ConfigError, DataError, UdsstreamError
+from udsstream.errors import ConfigError, DataError, LogError, UdsstreamError
 from udsstream.job_folder import JobFolder, replace_file, sync_file, write_errors
 from udsstream.log_queries.queries import length_effect
 from udsstream.selection_log import layout
@@ -148,6 +148,11 @@ def curate_log(
                     else None
                 )
                 origin = _log_origin(log, root, choice, chosen, samples)
+                if merkle_root(log.heads()).hex() != root:
+                    raise LogError(
+                        f"the run in {log.root} wrote to its log while it was read, so that nobody could tell later what this output was "
+                        "chosen from; run the command again, best when the run has ended"
+                    )
                 return _write(
                     folder, samples, located, chosen.sample_id, added, origin, output, format, compression, progress
                 )
