@@ -69,6 +69,16 @@ def mean_distance(embedding, memory: Sequence) -> float:
     return sum(math.sqrt(sum((f64(embedding) - f64(row)) ** 2)) for row in memory) / len(memory)
 
 
+def mean_loss(logits, labels) -> float:
+    """logits (N, V), labels (N,): mean over t with labels[t + 1] ≥ 0 of −log softmax(logits[t])[labels[t + 1]], nats."""
+    losses = []
+    for row, label in zip(f64(logits)[:-1], np.asarray(labels)[1:], strict=True):
+        if label >= 0:
+            shifted = row - row.max()
+            losses.append(math.log(np.exp(shifted).sum()) - shifted[label])
+    return sum(losses) / len(losses)
+
+
 class Fifo:
     """The memory as a list: at most `capacity` rows, oldest first."""
 

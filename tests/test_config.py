@@ -13,7 +13,7 @@ from udsstream.config import PUBLISHED_ALPHA, SelectionConfig, config_difference
 from udsstream.errors import ConfigError
 
 MISTAKES = [
-    ("method", "udss", "'udss' is none of uds, random"),
+    ("method", "udss", "'udss' is none of uds, uds_intra, uds_inter, max_loss, longest, random"),
     ("method", None, "None is none of"),
     ("scope", "local", "'local' is none of global, rank"),
     ("projection_scale", "iso", "'iso' is none of isometric, reference"),

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from udsstream.errors import ConfigError
 
-Method = Literal["uds", "random"]
+Method = Literal["uds", "uds_intra", "uds_inter", "max_loss", "longest", "random"]
 Scope = Literal["global", "rank"]
 ProjectionScale = Literal["isometric", "reference"]
 LengthNorm = Literal["none", "sqrt", "tokens"]
@@ -23,6 +23,14 @@ EmbeddingRecord = Literal["full", "tail", "none"]
 
 PUBLISHED_ALPHA = 1.5e-3
 """The weight of `inter` in the authors' run script, in the units of `projection_scale="reference"`."""
+
+_MEASURES: dict[str, tuple[str, ...]] = {
+    "uds": ("intra", "inter"),
+    "uds_intra": ("intra", "inter"),
+    "uds_inter": ("intra", "inter"),
+    "max_loss": ("loss",),
+}
+"""What a method measures of each candidate by a forward, as the log's columns are named; the others need none."""
 
 _TIME = re.compile(r"^(\d+)(ba|ep|sp|tok)$|^(0(\.\d+)?|1(\.0+)?)dur$")
 
@@ -45,7 +53,8 @@ class SelectionConfig:
     """
 
     method: Method = "uds"
-    """`uds` (arXiv 2510.16882), or `random`: the same number, drawn uniformly without replacement, as a baseline."""
+    """`uds` (arXiv 2510.16882); its parts alone, `uds_intra` (utility) and `uds_inter` (diversity); and baselines that keep as many:
+    `max_loss` (the highest mean loss per labelled token), `longest` (the most tokens), `random` (a uniform draw without replacement)."""
     keep: float | int = 0.25
     """A float in (0, 1]: the fraction of the candidate batch that is kept (at least 1, halves rounded up). An int ≥ 1: how many."""
     alpha: float | None = None
@@ -83,6 +92,16 @@ class SelectionConfig:
                 "the selection's settings cannot be used:\n" + "\n".join(f"  {line}" for line in mistakes)
             )
         object.__setattr__(self, "projection_dims", tuple(self.projection_dims))
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What the method measures of each candidate, by the names of the log's columns."""
+        return _MEASURES.get(self.method, ())
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the method has a memory of what was trained on."""
+        return "inter" in self.measures
 
     @property
     def embedding_dim(self) -> int:

@@ -176,6 +176,11 @@ class NumpyRun:
                 words = np.frombuffer(hashlib.sha256(b"method/random").digest()[:16], "<u4").tolist()
                 seeds = np.random.SeedSequence([self.config.seed, *words, epoch, step % PER_EPOCH])
                 score = (np.random.PCG64(seeds).random_raw(count) >> np.uint64(40)).astype(np.float32) / 2**24
+            elif self.config.method == "longest":
+                score = out["tokens"].astype(np.float32)
+            elif self.config.method == "max_loss":
+                score = np.array([np.random.default_rng([int(i), step, 2]).integers(1, 5) for i in ids], np.float32)
+                out["loss"] = score
             else:
                 embeddings = np.stack([embedding(int(i), step, self.config.embedding_dim) for i in ids])
                 # Few values, so that there are ties.
@@ -187,6 +192,7 @@ class NumpyRun:
                     )
                 alpha = self.config.resolved_alpha(VOCABULARY)
                 score = (intra.astype(np.float64) + alpha * inter.astype(np.float64)).astype(np.float32)
+                score = {"uds_intra": intra, "uds_inter": inter}.get(self.config.method, score)
                 out |= {"intra": intra, "inter": inter}
             out["score"] = score
             kept = rechoose(out, self.config, self.world_size)

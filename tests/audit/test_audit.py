@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy_run import PER_EPOCH, RUN_ID, NumpyRun, candidates, describe, finished, selection
+from numpy_run import PER_EPOCH, RUN_ID, NumpyRun, candidates, describe, finished, rechoose, selection
 
 from udsstream.audit.memory import _mean_distance, _mean_distances, distance_tolerance
 from udsstream.audit.report import FINDINGS_KEPT, render
@@ -28,6 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "none": {"embeddings": "none"},
     "random": {"method": "random"},
     "random, two ranks": {"method": "random", "world_size": 2},
+    "utility alone": {"method": "uds_intra"},
+    "diversity alone": {"method": "uds_inter", "embeddings": "full"},
+    "the highest loss": {"method": "max_loss"},
+    "the longest": {"method": "longest"},
     "two ranks": {"world_size": 2},
     "three of eight": {"keep": 3},
     "all": {"keep": 1.0},
@@ -51,6 +55,38 @@ def test_an_honest_log_is_intact(kind: str, tmp_path: Path) -> None:
     assert (report.run_id, report.steps, report.rows, report.attempts) == (RUN_ID, 25, 190, 1)
     assert report.anchored
     assert report.verdict.startswith("intact relative to this anchor: the given root, before step 20")
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [("uds_intra", "its intra"), ("uds_inter", "its inter"), ("max_loss", "its loss"), ("longest", "its tokens")],
+)
+def test_a_score_that_the_methods_measure_does_not_give_is_found(method: str, rule: str, tmp_path: Path) -> None:
+    """Of step 9 the last candidate's score, and so the choice, is forged."""
+
+    def forge(step: int, columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        if step != 9:
+            return kept
+        columns["score"] = columns["score"].copy()
+        columns["score"][-1] = 1000
+        return rechoose(columns, selection(method=method))
+
+    finished(tmp_path / "log", method=method, forge=forge)
+    (finding,) = audit(tmp_path / "log").findings
+    assert finding.check == "score"
+    assert f"the score is 1000, but {rule} is " in finding.message
+
+
+def test_a_loss_that_is_missing_is_found(tmp_path: Path) -> None:
+    def forge(step: int, columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        if step == 9:
+            del columns["loss"]
+        return kept
+
+    finished(tmp_path / "log", method="max_loss", forge=forge)
+    findings = audit(tmp_path / "log").findings
+    assert all("it has no value loss, which a max_loss step does not leave" in found.message for found in findings)
+    assert findings
 
 
 def test_what_is_checked_depends_on_the_vectors(tmp_path: Path) -> None:

@@ -78,12 +78,15 @@ def test_a_real_run_is_intact_data_and_checkpoint_included(full: TinyRun) -> Non
     "selection",
     [
         {"method": "random"},
+        {"method": "uds_inter", "embeddings": "full"},
+        {"method": "max_loss"},
+        {"method": "longest"},
         {"interrupt": 3, "start": "2ba"},
         {"start": "20sp", "end": "0.6dur", "keep": 3},
         {"start": "60tok", "length_norm": "sqrt"},
         {"buffer_size": 1000, "projection_scale": "reference"},
     ],
-    ids=lambda selection: next(iter(selection)),
+    ids=lambda selection: selection.get("method") or next(iter(selection)),
 )
 def test_other_settings_are_too(selection: dict[str, Any], streams: tuple[str, ...], tmp_path: Path) -> None:
     run = TinyRun(streams=streams, folder=str(tmp_path), save_interval="10ba", selection=selection)

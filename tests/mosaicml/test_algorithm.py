@@ -112,6 +112,65 @@ def test_choices_are_those_of_the_published_formula(streams, tmp_path, monkeypat
         memory = (memory + [embeddings[place] for place in kept])[-5:]
 
 
+@pytest.mark.parametrize("method", ["uds_intra", "uds_inter", "max_loss", "longest"])
+def test_other_methods_choose_by_their_own_measure(streams, tmp_path, monkeypatch, method):
+    """Whole runs against the definition on the model's own float64 logits; ties go to the smaller place."""
+    run = TinyRun(streams=streams, folder=str(tmp_path), duration="13ba", selection={"method": method})
+    spy = Logits()
+    decide = OnlineBatchSelection._decide
+
+    def spied(self, state):
+        spy.before_each(state.model, state.batch)
+        labels.append(
+            [
+                row[mask.bool()].tolist()
+                for row, mask in zip(state.batch["labels"], state.batch["attention_mask"], strict=True)
+            ]
+        )
+        return decide(self, state)
+
+    labels: list[list[list[int]]] = []
+    monkeypatch.setattr(OnlineBatchSelection, "_decide", spied)
+    log = train(run)
+    assert log.run["selection"]["method"] == method
+    table = log.table()
+    for step, candidates in enumerate(spy.candidates):
+        rows = table.filter(np.equal(table["step"].to_numpy(), step))
+        match method:
+            case "uds_intra":
+                expected = [oracles.nuclear_norm(logits) for logits in candidates]
+            case "max_loss":
+                expected = [
+                    oracles.mean_loss(logits, label) for logits, label in zip(candidates, labels[step], strict=True)
+                ]
+            case "longest":
+                expected = [len(logits) for logits in candidates]
+            case _:
+                expected = rows[
+                    "inter"
+                ].to_pylist()  # against the oracle in test_choices_are_those_of_the_published_formula
+        np.testing.assert_allclose(rows["score"], expected, rtol=2e-5)
+        scores = rows["score"].to_pylist()
+        assert np.flatnonzero(rows["selected"]).tolist() == oracles.top_k(scores, 2 if len(candidates) == 8 else 1)
+    recorded = {name for name in ("intra", "inter", "loss") if table[name].null_count == 0}
+    assert recorded == {"max_loss": {"loss"}, "longest": set()}.get(method, {"intra", "inter"})
+    assert (len(log.pushes()) > 0) == (method in ("uds_intra", "uds_inter"))
+
+
+def test_the_loss_needs_labels(streams, tmp_path):
+    loader = DataLoader(
+        UDSStreamingDataset(local=streams[0], batch_size=8),
+        batch_size=8,
+        collate_fn=lambda rows: {key: value for key, value in collate(rows).items() if key != "labels"},
+    )
+    run = TinyRun(streams=streams, folder=str(tmp_path), selection={"method": "max_loss"})
+    with pytest.raises(
+        DataError,
+        match=r"method='max_loss' needs 'labels' of shape \(8, \d+\) .*found: input_ids, attention",
+    ):
+        train(run, train_dataloader=loader)
+
+
 def test_training_sees_the_kept_rows_alone(streams, tmp_path):
     """Trimmed to the longest kept sample, in the order of their places, and recorded as such."""
     batches = Batches()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ def selector_on(cuda: SimulatedCuda, model: HuggingFaceModel, **settings: Any) -
     # The library's fused attention asks the driver which kernel to take.
     model.model.config._attn_implementation = "eager"
     cuda.move(model)
-    return CandidateSelector(CONFIG, model, device=SimulatedDevice(), **settings)
+    config = dataclasses.replace(CONFIG, **settings)
+    return CandidateSelector(config, model, device=SimulatedDevice())
 
 
 def step(selector: CandidateSelector, number: int) -> list[int]:
@@ -134,6 +136,17 @@ def test_with_two_ranks_too(cuda, monkeypatch):
     assert [wait.split(" < ")[0] for wait in cuda.waits] == ["ranks.py:fetch"]
     assert len(decision.sample_ids) == 16
     assert sent == 2 * [(9, 3 + 2 + 64)]  # one collective a step
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_losses_too_wait_once(cuda):
+    cuda.answer = lambda fake: torch.rand(fake.shape) if fake.shape == (8, 1) else made_up(fake)
+    with cuda.running():
+        selector = selector_on(cuda, llama(lora=True), method="max_loss")
+        step(selector, 0)
+        cuda.waits.clear()
+        step(selector, 1)
+    assert [wait.split(" < ")[0] for wait in cuda.waits] == ["ranks.py:fetch"]
 
 
 def test_random_waits_for_nothing(cuda):

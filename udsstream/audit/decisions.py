@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -193,10 +193,12 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
             message=f"step {rows.group('step')[g]}: some of its candidates have a score and some have none",
         ),
     )
-    parts = ("intra", "inter")
-    expected = scored if config.method == "uds" else np.zeros(len(rows), bool)
-    for name in parts:
+    nothing = np.zeros(len(rows), bool)
+    for name in ("intra", "inter", "loss"):
         has = rows["has_" + name]
+        if name == "loss" and name not in config.measures:
+            continue  # may be recorded beside any method
+        expected = scored if name in config.measures else nothing
         ledger.find_each(
             "score",
             np.flatnonzero(has != expected),
@@ -217,23 +219,40 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
         np.flatnonzero(infinite),
         lambda i: found(i, f"the score is {rows['score'][i]!s}, expected a finite number"),
     )
-    if config.method != "uds" or facts.alpha is None:
+    rule = _score_rule(rows, config.method, facts.alpha)
+    if rule is None:
         return
-    usable = scored & rows["has_intra"] & rows["has_inter"] & ~infinite
-    with np.errstate(all="ignore"):
-        value = (rows["intra"].astype(np.float64) + facts.alpha * rows["inter"].astype(np.float64)).astype(np.float32)
+    value, known, told, name = rule
+    usable = scored & known & ~infinite
     # Compared as bits, so that −0 is not 0.
     differs = usable & (value.view(np.uint32) != rows["score"].view(np.uint32))
     ledger.find_each(
         "score",
         np.flatnonzero(differs),
-        lambda i: found(
-            i,
-            f"the score is {rows['score'][i]:.9g}, but intra {rows['intra'][i]:.9g} + {facts.alpha:.9g} × inter {rows['inter'][i]:.9g} is "
-            f"{value[i]:.9g}",
-        ),
+        lambda i: found(i, f"the score is {rows['score'][i]:.9g}, but {told(i)} is {value[i]:.9g}"),
     )
-    ledger.check(f"score: {int(usable.sum()):,} scores against intra + α·inter, to the last bit")
+    ledger.check(f"score: {int(usable.sum()):,} scores against {name}, to the last bit")
+
+
+def _score_rule(
+    rows: Decisions, method: str, alpha: float | None
+) -> tuple[np.ndarray, np.ndarray, Callable[[int], str], str] | None:
+    """What the scores must be by what was measured: the values (float32), where they are known, and the rule in words, of a row and in
+    general. None: the score follows from nothing in the row ("random"), or α is not known."""
+    if method == "uds" and alpha is not None:
+        with np.errstate(all="ignore"):
+            value = (rows["intra"].astype(np.float64) + alpha * rows["inter"].astype(np.float64)).astype(np.float32)
+        return (
+            value,
+            rows["has_intra"] & rows["has_inter"],
+            lambda i: f"intra {rows['intra'][i]:.9g} + {alpha:.9g} × inter {rows['inter'][i]:.9g}",
+            "intra + α·inter",
+        )
+    column = {"uds_intra": "intra", "uds_inter": "inter", "max_loss": "loss", "longest": "tokens"}.get(method)
+    if column is None:
+        return None
+    known = np.ones(len(rows), bool) if column == "tokens" else rows["has_" + column]
+    return rows[column].astype(np.float32), known, lambda i: f"its {column}", column
 
 
 def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger, *, equal_shares: bool = True) -> None:

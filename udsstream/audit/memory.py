@@ -175,7 +175,7 @@ class MemoryCheck:
         groups = view.groups[view.fresh]
         group = decisions.group_of
         wanted = np.zeros(len(decisions.starts), bool)
-        if config.method == "uds":
+        if config.remembers:
             wanted[groups] = True
             wanted &= decisions.any_in(decisions["has_score"])
         kept = np.flatnonzero(wanted[group] & decisions["selected"])

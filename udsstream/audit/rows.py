@@ -2,7 +2,7 @@
 
     n rows of a table, G groups: the rows of one step of one attempt, in position order
 
-A nullable column is its values, zeros where null, and `has_<name>`. Everything is in memory at once, about 100 bytes a decision; only
+A nullable column is its values, zeros where null, and `has_<name>`. Everything is in memory at once, about 105 bytes a decision; only
 the embeddings are read file by file (`memory.py`).
 """
 
@@ -23,8 +23,8 @@ from udsstream.selection_log.wal import WalScan
 
 __all__ = ["Collector", "Decisions", "Pushes", "Source", "View", "ranges", "rows_of", "views"]
 
-_NULLABLE = ("stream", "shard", "shard_index", "intra", "inter", "score", "train_order")
-_LEFT_OUT = ("loss", "embedding")
+_NULLABLE = ("stream", "shard", "shard_index", "loss", "intra", "inter", "score", "train_order")
+_LEFT_OUT = ("embedding",)
 
 Source = tuple[int, SegmentLine | WalScan]
 """The rank and the file that rows of the pushes come from; a segment is opened again when its vectors are needed."""

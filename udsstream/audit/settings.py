@@ -118,7 +118,7 @@ def _alpha(content: Mapping[str, Any], config: SelectionConfig | None, ledger: L
     value = content.get("resolved_alpha")
     number = float(value) if isinstance(value, float) else _whole(value)
     if number is None or not math.isfinite(number):
-        if config is not None and config.method == "uds":
+        if config is not None and config.remembers:
             _wrong(ledger, f"resolved_alpha is {str(value)[:40]}, expected a finite number of at least 0")
         return None
     number = float(number)

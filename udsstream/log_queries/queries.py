@@ -241,6 +241,8 @@ def _reason(offer: Offer, *, scored: bool, method: str | None) -> str:
     text = f"score {offer.score:.6g} against {offer.kth_score:.6g} of place {k} (margin {offer.margin:+.3g}): {place}"
     if offer.margin == 0:
         text = f"score {offer.score:.6g} is that of place {k} too, which went to the smaller position: {place}"
+    if method == "uds_intra":
+        return text
     if offer.chosen_by_intra:
         return f"{text}; by intra alone it would have been chosen (rank {offer.intra_rank}): others were further from what the memory held"
     if offer.chosen_by_intra is False:
@@ -489,7 +491,7 @@ def suppressed(log: SelectionLog, *, until: int | None = None, limit: int | None
     method = _method(log.run)
     if method not in (None, "uds"):
         raise ConfigError(
-            f"{log.root} chose by the method {method!r}, which has no diversity term: only a run of method 'uds' can suppress "
+            f"{log.root} chose by the method {method!r}, which does not weigh diversity against utility: only a run of method 'uds' can suppress "
             "near-duplicates"
         )
     columns = ["step", "sample_id", "intra", "inter", "score", "selected"]

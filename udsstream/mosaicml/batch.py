@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from udsstream.errors import DataError, MissingSampleIdError, SequenceTooLongError
+from udsstream.scoring.losses import IGNORED_LABEL
 
 __all__ = [
     "check_candidates",
@@ -29,9 +30,6 @@ __all__ = [
     "take_rows",
     "trim_padding",
 ]
-
-IGNORED_LABEL = -100
-"""The label that no loss is computed for (`torch.nn.CrossEntropyLoss`)."""
 
 _FILL = {"labels": IGNORED_LABEL}
 

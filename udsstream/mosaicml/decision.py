@@ -33,6 +33,8 @@ class Decision:
     """(B,) float32; None for methods that have none."""
     inter: Tensor | None = None
     """(B,) float32; None for methods that have none."""
+    loss: Tensor | None = None
+    """(B,) float32, nats per labelled token; None for methods that have none."""
     embeddings: Tensor | None = None
     """(B, d) float32; None for methods that have none."""
 
@@ -72,7 +74,12 @@ class Decision:
             columns["stream"] = place.stream.astype(np.int16)
             columns["shard"] = place.shard.astype(np.int32)
             columns["shard_index"] = place.index.astype(np.int32)
-        for name, values in (("intra", self.intra), ("inter", self.inter), ("score", self.scores)):
+        for name, values in (
+            ("intra", self.intra),
+            ("inter", self.inter),
+            ("loss", self.loss),
+            ("score", self.scores),
+        ):
             if values is not None:
                 columns[name] = values.numpy()
         mine = self.order.rank == rank
@@ -91,4 +98,6 @@ class Decision:
             metrics["selection/score_kept_mean"] = float(self.scores[self.kept].mean())
         if self.inter is not None:
             metrics["selection/inter_mean"] = float(self.inter.mean())
+        if self.loss is not None:
+            metrics["selection/loss_mean"] = float(self.loss.mean())
         return metrics

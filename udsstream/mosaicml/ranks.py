@@ -26,7 +26,6 @@ from torch import Tensor
 
 from udsstream.errors import DataError, RankError, UdsstreamError
 from udsstream.mosaicml.batch import join_rows, split_rows, take_rows, trim_padding
-from udsstream.scoring.scorer import CandidateScores
 
 T = TypeVar("T")
 
@@ -82,10 +81,8 @@ class GatheredCandidates:
     order: CanonicalOrder
     sample_ids: list[int]
     lengths: list[int]
-    intra: Tensor
-    """(B,)."""
-    inter: Tensor
-    """(B,)."""
+    measured: dict[str, Tensor]
+    """(B,) each, by the names that they were given under."""
     embeddings: Tensor | None
     """(B, d)."""
 
@@ -98,20 +95,20 @@ def fetch(tensor: Tensor) -> Tensor:
 def gather_candidates(
     sample_ids: Sequence[int],
     lengths: Sequence[int],
-    scored: CandidateScores | None,
-    inter: Tensor | None,
+    measured: Mapping[str, Tensor],
+    embeddings: Tensor | None,
     *,
     capacity: int,
     device: torch.device,
 ) -> GatheredCandidates:
-    """One collective of (capacity + 1) · (20 + 4d) bytes a rank, and one wait for the device: every rank must call it.
+    """One collective of (capacity + 1) · (12 + 4m + 4d) bytes a rank for m measures, and one wait for the device: every rank must call it.
 
     With one rank nothing is sent.
 
     Args:
         sample_ids, lengths: of this rank's candidates, B_r each.
-        scored: `intra` and embeddings of the same; None where the method has none.
-        inter: (B_r,) float32; None where the method has none.
+        measured: what the method measured of each, (B_r,) float32 by name; the same names on all ranks.
+        embeddings: (B_r, d) float32; None where the method has none.
         capacity: the most candidates that any rank has, the same number on all.
         device: of the scores, and that the process group communicates on.
 
@@ -119,11 +116,11 @@ def gather_candidates(
         DataError: a rank has more candidates than `capacity`.
     """
     count, ranks = len(sample_ids), dist.get_world_size()
-    numbers = torch.empty(count, 0, device=device)
-    if scored is not None and inter is not None:
-        numbers = torch.cat([torch.stack([scored.intra, inter], dim=1), scored.embeddings], dim=1).float()
+    columns = [values[:, None].float() for values in measured.values()]
+    columns += [] if embeddings is None else [embeddings.float()]
+    numbers = torch.cat(columns, dim=1) if columns else torch.empty(count, 0, device=device)
     if ranks == 1:
-        order, host = canonical_order([count], 1), numbers if scored is None else fetch(numbers)
+        order, host = canonical_order([count], 1), fetch(numbers) if columns else numbers
         ids, tokens = list(sample_ids), list(lengths)
     else:
         # Numbers travel as their bits, so that ids of 64 of them fit beside: id (2), tokens, and whatever was scored.
@@ -148,11 +145,12 @@ def gather_candidates(
         # Flat before its view as int64: one row alone counts as contiguous, whatever its stride.
         ids, tokens = rows[:, :2].flatten().view(torch.int64).tolist(), rows[:, 2].tolist()
         host = rows[:, 3:].contiguous().view(torch.float32)
-    known = {"order": order, "sample_ids": ids, "lengths": tokens}
-    if scored is None:
-        return GatheredCandidates(**known, intra=torch.zeros(len(ids)), inter=torch.zeros(len(ids)), embeddings=None)
     return GatheredCandidates(
-        **known, intra=host[:, 0].contiguous(), inter=host[:, 1].contiguous(), embeddings=host[:, 2:].contiguous()
+        order=order,
+        sample_ids=ids,
+        lengths=tokens,
+        measured={name: host[:, place].contiguous() for place, name in enumerate(measured)},
+        embeddings=None if embeddings is None else host[:, len(measured) :].contiguous(),
     )
 
 

@@ -13,7 +13,7 @@ Per step the host waits for the device once, when all that was scored comes to i
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from udsstream.config import SelectionConfig
+from udsstream.errors import DataError
 from udsstream.mosaicml.batch import check_candidates, real_tokens, sample_ids_of, scoring_microbatches
 from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.ranks import (
     CanonicalOrder,
+    GatheredCandidates,
     from_rank_zero,
     gather_candidates,
     greatest_over_ranks,
@@ -37,8 +39,9 @@ from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutr
 from udsstream.scoring import methods
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.scoring.lm_head import LMHead
+from udsstream.scoring.losses import IGNORED_LABEL, mean_losses, mean_losses_from_logits
 from udsstream.scoring.projection import BilinearProjection
-from udsstream.scoring.scorer import CandidateScorer, CandidateScores
+from udsstream.scoring.scorer import CandidateScorer
 from udsstream.scoring.select import check_finite, top_k
 
 __all__ = ["CandidateSelector", "forward_cost", "unwrapped"]
@@ -169,26 +172,32 @@ class CandidateSelector:
         ids = sample_ids_of(batch)
         mask = real_tokens(batch)
         lengths = check_candidates(batch, mask, ids, self.config.max_seq_len)
-        has_terms = selects and self.config.method != "random"
-        scored = self._score(batch, mask, lengths) if has_terms else None
-        inter = self.buffer.mean_distance(scored.embeddings) if scored is not None else None
+        labels = batch.get("labels")
+        if "loss" in self.config.measures and not (isinstance(labels, Tensor) and labels.shape == mask.shape):
+            found = tuple(labels.shape) if isinstance(labels, Tensor) else ", ".join(map(str, batch))
+            raise DataError(
+                f"method={self.config.method!r} needs 'labels' of shape {tuple(mask.shape)} in the batch (found: {found}); let the "
+                f"collator give one for each token, {IGNORED_LABEL} where no loss is computed"
+            )
+        measured: dict[str, Tensor] = {}
+        embeddings = None
+        if selects and self.config.measures:
+            measured, embeddings = self._measure(batch, mask, lengths)
         if self._capacity is None:
             [self._capacity] = greatest_over_ranks([len(ids)])
-        known = gather_candidates(ids, lengths, scored, inter, capacity=self._capacity, device=self._device)
+        known = gather_candidates(ids, lengths, measured, embeddings, capacity=self._capacity, device=self._device)
         everyone = {"order": known.order, "sample_ids": known.sample_ids, "lengths": known.lengths}
         if not selects:
             return Decision(**everyone, kept=list(range(len(known.order))))
-        if has_terms:
-            scores = methods.uds(known.intra, known.inter, self.alpha)
-        else:
-            scores = methods.random(len(known.order), seed=self.config.seed, epoch=epoch, batch=batch_in_epoch)
+        scores = self._scores(known, epoch=epoch, batch_in_epoch=batch_in_epoch)
         check_finite(scores, known.sample_ids)
         return Decision(
             **everyone,
             kept=self._choose(scores, known.order),
             scores=scores,
-            intra=known.intra if has_terms else None,
-            inter=known.inter if has_terms else None,
+            intra=known.measured.get("intra"),
+            inter=known.measured.get("inter"),
+            loss=known.measured.get("loss"),
             embeddings=known.embeddings,
         )
 
@@ -216,11 +225,64 @@ class CandidateSelector:
             chosen += own[top_k(scores[torch.from_numpy(own)], kept // ranks).numpy()].tolist()
         return sorted(chosen)
 
-    def _score(self, batch: Mapping[str, Any], mask: Tensor, lengths: list[int]) -> CandidateScores:
-        """intra (B_r,) and embeddings (B_r, d) of this rank's candidates, in their order."""
+    def _scores(self, known: GatheredCandidates, *, epoch: int, batch_in_epoch: int) -> Tensor:
+        """(B,) float32 on the host: what the method makes of what was measured."""
+        measured = known.measured
+        match self.config.method:
+            case "uds":
+                return methods.uds(measured["intra"], measured["inter"], self.alpha)
+            case "uds_intra":
+                return methods.uds_intra(measured["intra"], measured["inter"])
+            case "uds_inter":
+                return methods.uds_inter(measured["intra"], measured["inter"])
+            case "max_loss":
+                return methods.by_loss(measured["loss"])
+            case "longest":
+                return methods.by_length(known.lengths)
+            case "random":
+                return methods.random(len(known.order), seed=self.config.seed, epoch=epoch, batch=batch_in_epoch)
+
+    def _measure(
+        self, batch: Mapping[str, Any], mask: Tensor, lengths: list[int]
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the method measures of this rank's candidates, (B_r,) each on the device, and their embeddings (B_r, d) if it has any."""
+        if not self.config.remembers:
+            return {"loss": self._per_candidate(batch, mask, lengths, self._losses, width=0)}, None
+        numbers = self._per_candidate(batch, mask, lengths, self._uds, width=1 + self.config.embedding_dim)
+        embeddings = numbers[:, 1:]
+        return {"intra": numbers[:, 0], "inter": self.buffer.mean_distance(embeddings)}, embeddings
+
+    def _uds(self, matrices: list[Tensor], labels: list[Tensor], head: LMHead | None, version: Hashable) -> Tensor:
+        """(b, 1 + d): intra and embedding."""
+        del labels
+        if head is None:
+            found = self._scorer.score_logits(matrices)
+        else:
+            found = self._scorer.score_hidden(matrices, head, version=version)
+        return torch.cat([found.intra[:, None], found.embeddings], dim=1)
+
+    def _losses(self, matrices: list[Tensor], labels: list[Tensor], head: LMHead | None, version: Hashable) -> Tensor:
+        """(b,): the mean loss."""
+        del version
+        return mean_losses_from_logits(matrices, labels) if head is None else mean_losses(matrices, labels, head)
+
+    def _per_candidate(
+        self,
+        batch: Mapping[str, Any],
+        mask: Tensor,
+        lengths: list[int],
+        measure: Callable[[list[Tensor], list[Tensor], LMHead | None, Hashable], Tensor],
+        *,
+        width: int,
+    ) -> Tensor:
+        """Runs the trunk over this rank's candidates and puts what `measure` says of each into their order.
+
+        Args:
+            measure: hidden states (N, D) or logits (N, V) of some candidates, their labels (N,) on the host, the head (None: logits) and
+                what its factors are kept by → (b, width), or (b,) for width 0.
+        """
         parts = self._parts
-        intra: list[Tensor] = [torch.empty(0)] * len(lengths)
-        embeddings: list[Tensor] = [torch.empty(0)] * len(lengths)
+        found: list[Tensor] = [torch.empty(0)] * len(lengths)
         runs = list(
             scoring_microbatches(
                 batch,
@@ -234,8 +296,8 @@ class CandidateSelector:
             if self._form is None:
                 # Each rank has looked at another candidate, but all must score alike. (Of a batch smaller than the number of ranks the
                 # last ones have none.)
-                found = choose_form(parts, self._to_device.batch_to_device(runs[0][1])) if runs else None
-                self._form = from_rank_zero(found)
+                form = choose_form(parts, self._to_device.batch_to_device(runs[0][1])) if runs else None
+                self._form = from_rank_zero(form)
                 assert self._form is not None, "rank 0 has the first candidate of every batch"
                 log.info("Candidates are scored as %s.", self._form)
             head, version = self._head_of_step(self._form, lengths)
@@ -250,19 +312,17 @@ class CandidateSelector:
             for rows, packed in runs:
                 matrices = self._matrices(self._to_device.batch_to_device(packed), self._form)
                 unpadded = [matrices[place, : lengths[row]] for place, row in enumerate(rows)]
+                labels = [
+                    packed["labels"][place, : lengths[row]] for place, row in enumerate(rows) if "labels" in packed
+                ]
                 # The scores' own arithmetic is not to be autocast: float32 throughout.
                 with torch.autocast(device_type=matrices.device.type, enabled=False):
-                    if head is None:
-                        part = self._scorer.score_logits(unpadded)
-                    else:
-                        part = self._scorer.score_hidden(unpadded, head, version=version)
+                    part = measure(unpadded, labels, head, version)
                 for place, row in enumerate(rows):
-                    intra[row] = part.intra[place]
-                    embeddings[row] = part.embeddings[place]
+                    found[row] = part[place]
         if not lengths:
-            none = torch.empty(0, self.config.embedding_dim, device=self._device)
-            return CandidateScores(intra=none[:, 0], embeddings=none)
-        return CandidateScores(intra=torch.stack(intra), embeddings=torch.stack(embeddings))
+            return torch.empty((0, width) if width else (0,), device=self._device)
+        return torch.stack(found)
 
     def _head_of_step(self, form: ScoringForm, lengths: list[int]) -> tuple[LMHead | None, Hashable]:
         """The head as it is at this step, and what its factors are kept by; None where logits are scored."""

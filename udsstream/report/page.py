@@ -302,7 +302,7 @@ def _over_the_run(figures: Figures, method: Any) -> str:
             plots.token_plot(figures),
             [("line", "offered"), ("dashed", "trained on"), ("pale", "saved")],
             "Saved tokens are read once, by the forward pass that scores them, and not trained on."
-            if method != "random"
+            if method not in ("random", "longest")
             else "Saved tokens are not trained on.",
         )
     )
@@ -323,7 +323,7 @@ def _over_the_run(figures: Figures, method: Any) -> str:
     if not np.isfinite(figures.rows.inter).any():
         missing.append(
             "The log has no distances to a memory"
-            + (", which the method “random” does not use." if method == "random" else ".")
+            + (f", which the method “{method}” does not use." if method in ("random", "longest", "max_loss") else ".")
         )
     if times is None:
         missing.append("There are no times of steps beside this log.")
