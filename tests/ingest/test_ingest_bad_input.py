@@ -473,6 +473,13 @@ def test_an_output_that_is_not_empty_is_not_touched(tmp_path):
     assert content(tmp_path / "out") == before
 
 
+def test_an_output_within_the_source(tmp_path):
+    write_lines(tmp_path / "in" / "a.jsonl", GOOD)
+    with pytest.raises(ConfigError, match=r"--out .*in/out is within the source .*in, of which it would become a part"):
+        run(tmp_path / "in", tmp_path / "in" / "out")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.jsonl"]
+
+
 def test_a_source_that_changes_meanwhile(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", GOOD)
 

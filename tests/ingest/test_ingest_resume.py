@@ -10,12 +10,14 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 import yaml
+import zstandard
 from ingested import content, plain_loop, rejects_of, rows_of, run, shards, write_lines
 
 from udsstream.errors import DataError, OutputExistsError
@@ -49,6 +51,13 @@ def write_source(folder: Path, kind: str, rows: list[dict]) -> Path:
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=300)
         return folder / "a.parquet"
+    if kind == "hf":
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder / "a"))
+        return folder / "a"
+    if kind == "zst":
+        text = "".join(json.dumps(row) + "\n" for row in rows) + "oops\n"
+        (folder / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+        return folder / "a.jsonl.zst"
     if kind == "webdataset":
         with webdataset.TarWriter(str(folder / "a.tar")) as writer:
             for row in rows:
@@ -101,7 +110,7 @@ def looks_whole(out: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "webdataset", "text"])
+@pytest.mark.parametrize("kind", ["jsonl", "zst", "csv", "parquet", "webdataset", "hf", "text"])
 def test_a_kill_at_any_call_to_the_disk_and_again_while_resuming(tmp_path, kind):
     source, settings = write_source(tmp_path, kind, language_rows(1500)), settings_for(kind)
     whole = content(run(source, tmp_path / "whole", **settings).out)

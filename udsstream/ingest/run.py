@@ -141,6 +141,7 @@ def ingest(
         columns=plan.mds_columns(), hashes=hashes, compression=config.compression or None, size_limit=size_limit
     )
     settings = _settings(config, source, plan, layout, max_row)
+    _check_place(config)
     job = JobFolder.claim(config.out, settings)
     with job:
         if not job.published:
@@ -324,6 +325,15 @@ def _settings(config: IngestConfig, source: Source, plan: Any, layout: Layout, m
     for file in source.files:
         settings[f"source {file.name}"] = f"{file.bytes} bytes, changed {file.stamp}"
     return settings
+
+
+def _check_place(config: IngestConfig) -> None:
+    for text in config.source:
+        folder = Path(text.removeprefix("hf:"))
+        if folder.is_dir() and config.out.absolute().resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"--out {config.out} is within the source {folder}, of which it would become a part: choose another folder"
+            )
 
 
 def _check_layout(hashes: tuple[str, ...], compression: str | None) -> None:
