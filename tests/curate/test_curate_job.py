@@ -405,13 +405,25 @@ def test_samples_come_in_the_order_asked_for(tmp_path, monkeypatch):
     write_stream(tmp_path / "in", rows, size_limit=3000)
     stream = SourceStream(name="in", location=str(tmp_path / "in"), samples=None, index_sha256=None)
     ids = np.random.default_rng(0).permutation(500)
-    for block in (1, 100, 1 << 20):
+    for block, most in ((1, 1), (100, 1000), (1 << 20, 1000), (1 << 20, 7)):
         monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(module, "_BLOCK_ROWS", most)
         monkeypatch.setattr(module, "_OPEN_FILES", 2)
         with Samples([stream], cache=tmp_path / "cache") as opened:
             located = opened.locate(np.zeros(500, np.int64), ids)
             assert [value[0].decode() for value in opened.read(located, 0, 500)] == [rows[i]["text"] for i in ids]
             assert [value[0].decode() for value in opened.read(located, 7, 19)] == [rows[i]["text"] for i in ids[7:19]]
+
+
+def test_what_is_added_belongs_to_its_sample(tmp_path, monkeypatch):
+    """Whatever is made of it at a time."""
+    from udsstream.curate import write as module
+
+    run = make(tmp_path)
+    curated(run, tmp_path / "whole")
+    monkeypatch.setattr(module, "_ADDED_ROWS", 3)
+    curated(run, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_shard_bounds():

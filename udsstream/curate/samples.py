@@ -30,6 +30,7 @@ from udsstream.stream_index import INDEX, INDEX_LIMIT, Shard, check_file, parse_
 __all__ = ["Located", "Samples", "SourceStream", "recorded_streams", "whole_stream"]
 
 _BLOCK = 64 << 20
+_BLOCK_ROWS = 1 << 16
 _OPEN_FILES = 64
 _DOWNLOAD_TRIES, _DOWNLOAD_SECONDS = 2, 600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -399,6 +400,7 @@ class Samples:
         while done < stop - first:
             limit = (int(ends[done - 1]) if done else 0) + _BLOCK
             until = max(done + 1, int(np.searchsorted(ends, limit, side="right")))
+            until = min(until, done + _BLOCK_ROWS)
             yield from self._block(located, first + done, first + until)
             done = until
 

@@ -39,6 +39,7 @@ __all__ = ["Curated", "Output", "curate_log", "curate_stream", "shard_bounds"]
 
 CARD, DESCRIPTION = "README.md", "croissant.json"
 _CACHE, _RECORDS = "cache", "shards"
+_ADDED_ROWS = 4096
 
 Progress = Callable[[int, int], None]
 """Called with the samples written so far, and all that are to be written."""
@@ -344,9 +345,13 @@ class _Rows:
             for sample_id, values in zip(ids, read, strict=True):
                 yield Row(sample_id, values)
             return
-        more = self.added.rows(first, stop)
-        for sample_id, values, extra in zip(ids, read, more, strict=True):
-            yield Row(sample_id, [*values, *extra])
+        at = first
+        more: Iterator[list[bytes | None]] = iter(())
+        for sample_id, values in zip(ids, read, strict=True):
+            if (at - first) % _ADDED_ROWS == 0:  # a few at a time: of small samples a shard holds millions
+                more = iter(self.added.rows(at, min(at + _ADDED_ROWS, stop)))
+            at += 1
+            yield Row(sample_id, [*values, *next(more)])
 
 
 def _every(
