@@ -40,6 +40,7 @@ from udsstream.run_config import (
     ModelConfig,
     RunConfig,
     SchedulerConfig,
+    StreamConfig,
 )
 from udsstream.run_folder import SUMMARY, claim_folder, write_atomically
 from udsstream.sft import SFTCollator, num_tokens
@@ -287,7 +288,7 @@ def streams_of(data: CandidatesConfig) -> list[Stream]:
     """The streams, in order.
 
     Raises:
-        DataError: a local one is not there.
+        DataError: a local one is not there, or Streaming does not know how to fetch a remote one.
     """
     if data.streams_root is not None:
         root = Path(data.streams_root)
@@ -304,7 +305,17 @@ def streams_of(data: CandidatesConfig) -> list[Stream]:
                 f"data.streams.{number}.local: {stream.local} holds no index.json, so it is no MDS stream (and no remote is given "
                 "to fetch it from)"
             )
-    return [Stream(**stream.model_dump(exclude_none=True)) for stream in data.streams]
+    return [_stream(number, stream) for number, stream in enumerate(data.streams)]
+
+
+def _stream(number: int, settings: StreamConfig) -> Stream:
+    try:
+        return Stream(**settings.model_dump(exclude_none=True))
+    except ValueError as error:
+        raise DataError(
+            f"data.streams.{number}: Streaming cannot fetch from {settings.remote} ({error}); it reads s3://, gs://, "
+            "azure://, oci://, hf:// and the like, and local folders"
+        ) from error
 
 
 def _scheduler(config: SchedulerConfig) -> ComposerScheduler:

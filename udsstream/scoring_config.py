@@ -107,7 +107,6 @@ def load_scoring_config(
     score: str | None = None,
     model: str | None = None,
     keep: float | int | None = None,
-    cache: Path | None = None,
 ) -> ScoringConfig:
     """Reads a YAML file, if one is given, and puts the short options and `key=value` overrides on it.
 
@@ -117,7 +116,6 @@ def load_scoring_config(
         score: a stream to read: a folder with an index.json, a folder of such folders, or a remote such as s3://bucket/stream.
         model: `model.name`.
         keep: `selection.keep`.
-        cache: where a remote stream given by `score` is fetched to.
 
     Raises:
         ConfigError: the file cannot be read, or one line per mistake with the key's path.
@@ -128,7 +126,7 @@ def load_scoring_config(
         streams = settings.get("data") if isinstance(settings.get("data"), dict) else {}
         if named := [name for name in ("streams", "streams_root") if streams and streams.get(name)]:
             raise ConfigError(f"--score {score} and data.{named[0]} of {path} both name streams; give one of them")
-        short["data"] = _streams(score, cache)
+        short["data"] = _streams(score)
     if model is not None:
         short["model"] = {"name": model}
     if keep is not None:
@@ -138,9 +136,9 @@ def load_scoring_config(
     return parse_settings(ScoringConfig, load_settings(None, overrides, merged), where=where)
 
 
-def _streams(score: str, cache: Path | None) -> dict[str, Any]:
+def _streams(score: str) -> dict[str, Any]:
     if "://" in score:
-        return {"streams": [{"remote": score} | ({} if cache is None else {"local": str(cache / "00000")})]}
+        return {"streams": [{"remote": score}]}
     folder = Path(score)
     if not (folder / "index.json").exists() and any(folder.glob("*/index.json")):
         return {"streams_root": score}

@@ -10,6 +10,7 @@ A job that is killed goes on when it is started again with the same settings: wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -158,12 +159,19 @@ def build_pass(config: ScoringConfig, run: Path) -> ScoringPass:
 
 
 def _with_cache(data: ScoredStreams, cache: Path) -> ScoredStreams:
-    """Remote streams without a local folder are fetched to where the writer looks for them too, and a resumed job."""
+    """Remote streams without a local folder are fetched to where the writer looks for them too, and a job that goes on."""
     streams = [
-        stream if stream.local is not None else stream.model_copy(update={"local": str(cache / f"{number:05d}")})
-        for number, stream in enumerate(data.streams)
+        stream
+        if stream.local is not None or stream.remote is None
+        else stream.model_copy(update={"local": str(cache / _cached(stream.remote))})
+        for stream in data.streams
     ]
     return data.model_copy(update={"streams": streams})
+
+
+def _cached(location: str) -> str:
+    """The sub-folder of a cache that `udsstream/curate/samples.py` keeps a stream in (a stream with a split is fetched twice)."""
+    return hashlib.sha256(location.rstrip("/").encode()).hexdigest()[:16]
 
 
 def _check_out(out: Path, run: Path) -> None:

@@ -107,7 +107,9 @@ def curate(
     if not scores and (asked := [name for name, there in scoring.items() if there]):
         raise typer.BadParameter("it goes with --score or --config alone", param_hint=asked[0])
     if scores and cache is not None:
-        raise typer.BadParameter("with --score give data.streams.0.local=CACHE", param_hint="--cache")
+        raise typer.BadParameter(
+            "with --score name the folder in the settings: data.streams.0.local=CACHE", param_hint="--cache"
+        )
     if format not in _FORMATS:
         raise typer.BadParameter(f"{format!r} is none of {', '.join(_FORMATS)}", param_hint="--format")
     size = _bytes(shard_size)
@@ -175,10 +177,10 @@ def _score(
     count = None if keep is None else float(keep) if "." in keep else int(keep)
 
     from udsstream.scoring_config import load_scoring_config
-    from udsstream.scoring_job import CACHE, run_folder_of, score_and_curate
+    from udsstream.scoring_job import run_folder_of, score_and_curate
 
     folder = run or run_folder_of(out)
-    settings = load_scoring_config(config, overrides, score=stream, model=model, keep=count, cache=folder / CACHE)
+    settings = load_scoring_config(config, overrides, score=stream, model=model, keep=count)
     show = settings.progress_bar and not as_json and is_rank_zero()
     with _scoring_progress(show=show) as scoring, _progress(show=show) as writing:
         result = score_and_curate(

@@ -42,7 +42,7 @@ from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero
 from udsstream.mosaicml.recording import record
 from udsstream.mosaicml.run_description import describe_run
-from udsstream.mosaicml.run_log import anchor, begin_log, reopen_log
+from udsstream.mosaicml.run_log import anchor, begin_log, check_streams, reopen_log
 from udsstream.mosaicml.selector import CandidateSelector
 from udsstream.scoring.select import top_k
 from udsstream.selection_log import layout
@@ -231,6 +231,8 @@ class ScoringPass:
         streams = stream_identities(self._dataset)
         facts = self._facts | {"weights_sha256": from_rank_zero(_on_rank_zero(lambda: weights_sha256(self._model)))}
         writer, first = self._open_log(streams, facts)
+        if writer is None:
+            return self._progress(first)
         try:
             progress = self._score(writer, first, report)
             writer.seal()
@@ -242,8 +244,10 @@ class ScoringPass:
 
     # The log ----------------------------------------------------------------------------------------------------------
 
-    def _open_log(self, streams: list[StreamIdentity], facts: Mapping[str, Any]) -> tuple[SelectionLogWriter, int]:
-        """The log, new or to be gone on with, and the window to go on with."""
+    def _open_log(
+        self, streams: list[StreamIdentity], facts: Mapping[str, Any]
+    ) -> tuple[SelectionLogWriter | None, int]:
+        """The log, new or to be gone on with, and the window to go on with. No log when all was scored: it is left as it stands."""
         begun = from_rank_zero(layout.run_path(self.log_dir).exists())
         if not begun:
             description = from_rank_zero(self._describe(streams, facts))
@@ -254,17 +258,20 @@ class ScoringPass:
             raise ResumeError(
                 f"{self.log_dir} holds the log of a training run, not of a scoring pass; choose another folder"
             )
-        if changed := config_difference(recorded, dict(facts)):
+        if changed := config_difference(found.run["selection"] | recorded, self.config.as_dict() | dict(facts)):
             raise ResumeError(
                 f"{self.log_dir} holds a scoring pass with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\ngo on with the old ones, or choose another folder"
             )
+        check_streams([[stream["name"], stream["index_sha256"]] for stream in found.run["streams"]], streams)
         anchors = from_rank_zero(found.anchors())
         if not anchors:
             writer, _ = reopen_log(self.log_dir, anchored=None, step=0, config=self.config, streams=streams)
             return writer, 0
         newest = anchors[-1]
+        if from_rank_zero(newest.step == self.windows and found.closed):
+            return None, newest.step
         anchored = {"run_id": found.run["run_id"], "heads": newest.heads}
         # Before the log is taken up: afterwards the newest attempt has no memory of its own yet.
         memory = found.buffer_at(newest.step)
@@ -315,12 +322,7 @@ class ScoringPass:
         )
         loader = DataLoader(_Samples(self._dataset), batch_sampler=sampler, collate_fn=self._collate, **self._loading)
         timings = TimingsWriter(self.log_dir) if here == 0 else None
-        total = len(self._order)
-        kept = sum(self._kept(min(self.window, total - n * self.window)) for n in range(first))
-        progress = PassProgress(
-            windows=first, all_windows=self.windows, samples=min(total, first * self.window), all_samples=total,
-            kept=kept, samples_here=0, tokens_here=0, seconds_here=0.0,
-        )  # fmt: skip
+        progress = self._progress(first)
         began = anchored = time.monotonic()
         try:
             for step, batch in enumerate(loader, first):
@@ -364,6 +366,20 @@ class ScoringPass:
             if timings is not None:
                 timings.close()
         return progress
+
+    def _progress(self, windows: int) -> PassProgress:
+        """After so many windows, none of them scored by this process."""
+        total = len(self._order)
+        return PassProgress(
+            windows=windows,
+            all_windows=self.windows,
+            samples=min(total, windows * self.window),
+            all_samples=total,
+            kept=sum(self._kept(min(self.window, total - n * self.window)) for n in range(windows)),
+            samples_here=0,
+            tokens_here=0,
+            seconds_here=0.0,
+        )
 
     def _decide(self, batch: Mapping[str, Any], step: int) -> Decision:
         decision = self.selector.decide(batch, selects=True, epoch=0, batch_in_epoch=step)

@@ -181,6 +181,15 @@ class SelectionLog:
         """The steps for which `buffer_at` has kept vectors (mode "tail"), ascending."""
         return sorted(self._kept())
 
+    @property
+    def closed(self) -> bool:
+        """Whether every rank of the newest attempt closed the log in order: nothing is going on, and nothing was cut short."""
+        manifests = [state.manifest for name in (SELECTION, PUSHES) for state in self._states(name)]
+        newest = max((m.last_attempt.attempt for m in manifests if m.last_attempt), default=None)
+        return newest is not None and all(
+            m.closed for m in manifests if m.last_attempt and m.last_attempt.attempt == newest
+        )
+
     def anchors(self) -> list[Heads]:
         """What was kept at the checkpoints of the run as it stands, by step; of the attempts that stood at one step the newest comes last."""
         keep = {item.attempt: item for item in _lineage(self._states(SELECTION))}
