@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from udsstream.mosaicml.algorithm import OnlineBatchSelection
     from udsstream.mosaicml.dataset import UDSStreamingDataset
     from udsstream.mosaicml.replay import ReplaySelection
+    from udsstream.mosaicml.webdataset import UDSWebDataset
     from udsstream.selection_log.reader import SelectionLog
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "SelectionConfig",
     "SelectionLog",
     "UDSStreamingDataset",
+    "UDSWebDataset",
     "__version__",
 ]
 
@@ -31,6 +33,7 @@ _HOME = {
     "SelectionConfig": "udsstream.config",
     "SelectionLog": "udsstream.selection_log.reader",
     "UDSStreamingDataset": "udsstream.mosaicml.dataset",
+    "UDSWebDataset": "udsstream.mosaicml.webdataset",
 }
 
 
