@@ -10,6 +10,7 @@ import logging
 import oracles
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,19 +94,9 @@ def test_the_rule_at_the_shapes_of_known_models():
 
 @pytest.mark.parametrize("slices", [True, False])
 def test_a_head_is_taken_in_slices_of_bounded_size(slices):
-    class Largest(TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for item in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(item, torch.Tensor) and item._base is None:
-                    self.bytes = max(self.bytes, item.untyped_storage().nbytes())
-            return result
-
     v, d = 60_000, 256
     head, hidden = LMHead(weight=normal(v, d).bfloat16()), [normal(40, d), normal(25, d)]
-    with Largest() as seen:
+    with LargestTensor() as seen:
         CandidateScorer(draw(v), slices=slices).score_hidden(hidden, head)
     assert seen.bytes <= 2**25 < head.weight.numel() * 4
 
@@ -224,20 +215,11 @@ def test_an_adapter_is_read_by_its_factors_and_left_alone(dora, dtype):
         layer.lora_B["default"].weight.normal_()
     places = [parameter.data_ptr() for parameter in layer.parameters()]
 
-    class Largest(TorchDispatchMode):
-        values = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result._base is None:
-                self.values = max(self.values, result.numel())
-            return result
-
-    with Largest() as seen, torch.no_grad():
+    with LargestTensor() as seen, torch.no_grad():
         head = read_head(layer)
     if not dora:
         assert [parameter.data_ptr() for parameter in layer.parameters()] == places
-        assert seen.values < v * d / 10
+        assert seen.bytes < v * d * dtype.itemsize / 10
         scale, a, b = layer.scaling["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight
         expected = layer.base_layer.weight.double() + scale * b.double() @ a.double()
         assert oracles.relative_error(head.weight_rows(slice(None)).detach().numpy(), expected.detach().numpy()) < 1e-6
