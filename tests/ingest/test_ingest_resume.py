@@ -195,7 +195,8 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
     assert rows_of(result.out) == language_rows(2000)
 
 
-def test_a_torn_journal_and_torn_rejects_are_cut_back(tmp_path):
+@pytest.mark.parametrize("torn", ["a line begun", "a line without its end"])
+def test_a_torn_journal_and_torn_rejects_are_cut_back(tmp_path, torn):
     source = write_source(tmp_path, "jsonl", language_rows(1500))
     whole = content(run(source, tmp_path / "whole", **SETTINGS).out)
     process = fork.Process(target=child, args=(source, tmp_path / "out", 1, SETTINGS, 130))
@@ -203,12 +204,29 @@ def test_a_torn_journal_and_torn_rejects_are_cut_back(tmp_path):
     process.join()
     work = tmp_path / "out" / "_job"
     for name in ("journal.jsonl", "rejects.jsonl"):
-        with open(work / name, "ab") as file:
-            file.write(b'{"row": 3, "sour')
+        if torn == "a line begun":
+            with open(work / name, "ab") as file:
+                file.write(b'{"row": 3, "sour')
+        else:
+            os.truncate(work / "journal.jsonl", (work / "journal.jsonl").stat().st_size - 1)
+            break
     (work / "spill").mkdir(exist_ok=True)
     (work / "spill" / "0-0").write_bytes(b"left over")
     assert content(run(source, tmp_path / "out", **SETTINGS).out) == whole
     assert len(rejects_of(tmp_path / "out")) == 3
+
+
+def test_a_reject_that_was_lost_is_noticed(tmp_path):
+    source = write_source(tmp_path, "jsonl", language_rows(1500))
+    process = fork.Process(target=child, args=(source, tmp_path / "out", 1, SETTINGS, 130))
+    process.start()
+    process.join()
+    (tmp_path / "out" / "_job" / "rejects.jsonl").unlink()
+    with pytest.raises(
+        OutputExistsError, match=r"_job does not hold what its journal says.*1503 rows were read.*begin anew"
+    ):
+        run(source, tmp_path / "out", **SETTINGS)
+    assert not looks_whole(tmp_path / "out")
 
 
 # Streams ------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from threading import Event
 from typing import Any
 
 import udsstream
-from udsstream.errors import ConfigError, DataError, UdsstreamError
+from udsstream.errors import ConfigError, DataError, OutputExistsError, UdsstreamError
 from udsstream.ingest.journal import REJECTS, Journal, Rejects
 from udsstream.ingest.pool import Workers
 from udsstream.ingest.readers import Position, end_of, read_blocks
@@ -275,9 +275,12 @@ class _Run:
             else:
                 names += [(entry["zip_data"] or entry["raw_data"])["basename"] for entry in entries]
         written = sum(stream["samples"] for stream in streams)
-        assert rows == written + rejects.count, (
-            f"{rows} rows were read, but {written} written and {rejects.count} rejected"
-        )
+        counts = f"{rows} rows were read, but {written} written and {rejects.count} rejected"
+        if self._job.resumed and rows != written + rejects.count:
+            raise OutputExistsError(
+                f"{self._job.work} does not hold what its journal says, something else has changed it ({counts}): delete it to begin anew"
+            )
+        assert rows == written + rejects.count, counts
         manifest = {
             "format_version": _VERSION,
             "rows": {"read": rows, "written": written, "rejected": rejects.count, "blank_lines": units - rows},
