@@ -5,7 +5,7 @@ shard is written before a first sample that is larger than a shard.
 
 Memory: samples wait here for their shard. When those of all streams together exceed `budget`, those of the stream with the most go
 to a file in `spill/`. So it is bounded by `budget`, by what a shard takes while it is written (about three times its size, in at most
-`threads` + 1 shards at a time), and by 4 bytes per waiting sample and a few kilobytes per stream.
+`threads` + 1 shards at a time), by some 200 bytes per sample of these, and by 4 per waiting sample and a few kilobytes per stream.
 """
 
 from __future__ import annotations
