@@ -181,6 +181,15 @@ def test_what_cannot_be_trained_on(config_file, overrides, error, message):
         pipeline.train(load_run_config(config_file, overrides))
 
 
+def test_streams_that_are_still_being_written_are_refused(config_file, tmp_path):
+    write_rows(tmp_path / "streams" / "first", [{"prompt": "a", "response": "a"}] * 8)
+    (tmp_path / "streams" / "_job").mkdir()
+    with pytest.raises(
+        DataError, match=r"is being written, or its writing was interrupted .* so streams may be missing"
+    ):
+        pipeline.train(load_run_config(config_file, [f"data.streams_root={tmp_path / 'streams'}"]))
+
+
 def test_an_empty_stream_is_refused(config_file, tmp_path):
     write_rows(tmp_path / "streams" / "full", [{"prompt": "a", "response": "a"}] * 8)
     with MDSWriter(out=str(tmp_path / "streams" / "empty"), columns={"prompt": "str", "response": "str"}):

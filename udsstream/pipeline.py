@@ -29,6 +29,7 @@ from streaming import Stream
 from torch.utils.data import DataLoader
 
 from udsstream.errors import DataError, ModelError
+from udsstream.job_folder import WORK
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
 from udsstream.mosaicml.ranks import on_rank_zero
@@ -292,6 +293,11 @@ def streams_of(data: CandidatesConfig) -> list[Stream]:
     """
     if data.streams_root is not None:
         root = Path(data.streams_root)
+        if (root / WORK).exists():
+            raise DataError(
+                f"data.streams_root: {root} is being written, or its writing was interrupted ({WORK} is in it), so streams may be missing; "
+                "give the command that wrote it (udsstream ingest, udsstream curate) again"
+            )
         folders = sorted(index.parent for index in root.glob("*/index.json"))
         if not folders:
             raise DataError(

@@ -491,8 +491,8 @@ def suppressed(log: SelectionLog, *, until: int | None = None, limit: int | None
     method = _method(log.run)
     if method not in (None, "uds"):
         raise ConfigError(
-            f"{log.root} chose by the method {method!r}, which does not weigh diversity against utility: only a run of method 'uds' can suppress "
-            "near-duplicates"
+            f"{log.root} chose by the method {method!r}, which does not weigh diversity against utility: only a run of method "
+            "'uds' can suppress near-duplicates"
         )
     columns = ["step", "sample_id", "intra", "inter", "score", "selected"]
     table = log.table(columns=columns, filter=_below(until))

@@ -191,7 +191,7 @@ class SelectionLog:
         )
 
     def anchors(self) -> list[Heads]:
-        """What was kept at the checkpoints of the run as it stands, by step; of the attempts that stood at one step the newest comes last."""
+        """What was kept at the checkpoints of the run as it stands, by step; of attempts that stood at one step the newest comes last."""
         keep = {item.attempt: item for item in _lineage(self._states(SELECTION))}
         found = []
         for path in heads_files(self.root):
