@@ -309,7 +309,9 @@ def test_the_most_and_the_least_chosen(log: SelectionLog, most: bool, until: int
 
 def test_suppressed_are_those_that_intra_alone_would_have_kept(log: SelectionLog) -> None:
     if log.run["selection"]["method"] != "uds":
-        with pytest.raises(ConfigError, match=r"chose by the method 'random', which does not weigh diversity against utility"):
+        with pytest.raises(
+            ConfigError, match=r"chose by the method 'random', which does not weigh diversity against utility"
+        ):
             queries.suppressed(log)
         return
     expected: dict[tuple[int, int], dict[str, Any]] = {}

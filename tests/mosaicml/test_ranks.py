@@ -456,7 +456,11 @@ class Refused:
             "keep 2 or 4",
         ),
         ({"keep": 4}, {"replication": 2}, "ConfigError: the data set gives each sample to 2 ranks (replication)"),
-        ({"keep": 4}, {"uneven": True}, "RankError: the ranks' data loaders yield between 3 and 4 batches an epoch (rank "),
+        (
+            {"keep": 4},
+            {"uneven": True},
+            "RankError: the ranks' data loaders yield between 3 and 4 batches an epoch (rank ",
+        ),
     ],
 )
 def test_what_several_ranks_cannot_do(streams, processes, tmp_path, selection, settings, message):
