@@ -171,6 +171,19 @@ def test_the_loss_needs_labels(streams, tmp_path):
         train(run, train_dataloader=loader)
 
 
+def test_a_loss_that_nothing_is_asked_for_is_refused(streams, tmp_path):
+    def only_the_first(rows):
+        batch = collate(rows)
+        batch["labels"][3, 1:] = -100
+        return batch
+
+    dataset = UDSStreamingDataset(local=streams[0], batch_size=8)
+    loader = DataLoader(dataset, batch_size=8, collate_fn=only_the_first)
+    run = TinyRun(streams=streams, folder=str(tmp_path), selection={"method": "max_loss"})
+    with pytest.raises(DataError, match=r"of sample 3 \(row 3 of the batch\) no token but the first has a label"):
+        train(run, train_dataloader=loader)
+
+
 def test_training_sees_the_kept_rows_alone(streams, tmp_path):
     """Trimmed to the longest kept sample, in the order of their places, and recorded as such."""
     batches = Batches()

@@ -172,13 +172,8 @@ class CandidateSelector:
         ids = sample_ids_of(batch)
         mask = real_tokens(batch)
         lengths = check_candidates(batch, mask, ids, self.config.max_seq_len)
-        labels = batch.get("labels")
-        if "loss" in self.config.measures and not (isinstance(labels, Tensor) and labels.shape == mask.shape):
-            found = tuple(labels.shape) if isinstance(labels, Tensor) else ", ".join(map(str, batch))
-            raise DataError(
-                f"method={self.config.method!r} needs 'labels' of shape {tuple(mask.shape)} in the batch (found: {found}); let the "
-                f"collator give one for each token, {IGNORED_LABEL} where no loss is computed"
-            )
+        if "loss" in self.config.measures:
+            self._check_labels(batch, mask, ids)
         measured: dict[str, Tensor] = {}
         embeddings = None
         if selects and self.config.measures:
@@ -224,6 +219,23 @@ class CandidateSelector:
             own = order.of(rank)
             chosen += own[top_k(scores[torch.from_numpy(own)], kept // ranks).numpy()].tolist()
         return sorted(chosen)
+
+    def _check_labels(self, batch: Mapping[str, Any], mask: Tensor, ids: Sequence[int]) -> None:
+        """Raises DataError when there is a candidate whose loss cannot be asked for."""
+        labels = batch.get("labels")
+        if not (isinstance(labels, Tensor) and labels.shape == mask.shape):
+            found = tuple(labels.shape) if isinstance(labels, Tensor) else ", ".join(map(str, batch))
+            raise DataError(
+                f"method={self.config.method!r} needs 'labels' of shape {tuple(mask.shape)} in the batch (found: {found}); let the "
+                f"collator give one for each token, {IGNORED_LABEL} where no loss is computed"
+            )
+        asked = (mask[:, :-1] & mask[:, 1:] & (labels[:, 1:] != IGNORED_LABEL)).any(dim=1)
+        if not bool(asked.all()):
+            row = int((~asked).nonzero()[0])
+            raise DataError(
+                f"of sample {ids[row]} (row {row} of the batch) no token but the first has a label, and nothing comes before that one to "
+                f"predict it from, so method={self.config.method!r} finds no loss; leave it out of the stream"
+            )
 
     def _scores(self, known: GatheredCandidates, *, epoch: int, batch_in_epoch: int) -> Tensor:
         """(B,) float32 on the host: what the method makes of what was measured."""
