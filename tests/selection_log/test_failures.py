@@ -96,11 +96,13 @@ def test_a_sealing_that_fails_in_its_thread_stops_the_run(tmp_path: Path, monkey
             log_until_it_fails()
     writer.release()
     log = SelectionLog.open(tmp_path)
-    assert log.steps().tolist() == list(range(step))
+    # The failure may be noticed between a step's decisions and its pushes: the decisions are there then.
+    written = log.steps().tolist()
+    assert written in (list(range(step)), list(range(step + 1)))
     log.verify()
     with SelectionLogWriter.resume(tmp_path, step=0, head=None) as again:
         recorded.record(again, 0, 2)
-    assert log.table(all_attempts=True).num_rows == 5 * (step + 2)
+    assert log.table(all_attempts=True).num_rows == 5 * (len(written) + 2)
     log.verify()
 
 
