@@ -15,6 +15,7 @@ from pathlib import Path
 import jobs
 import launch
 import pytest
+import torch
 import yaml
 from jobs import udsstream
 from streaming import MDSWriter
@@ -48,6 +49,7 @@ def done(model, data, tmp_path_factory) -> Path:
 def run_job(root: Path, model: str, data: Path, *overrides: str, stream: str = "train", **places) -> object:
     from udsstream.curate.write import Output
 
+    torch.set_num_threads(1)  # as in `Command`: sums round as the number of threads has it
     config = load_scoring_config(None, [*QUICK, *overrides], score=str(data / stream), model=model, keep=0.2)
     return score_and_curate(config, root / "out", output=Output(format="jsonl"), **places)
 
@@ -150,6 +152,7 @@ class Command:
         import udsstream.curate.write as write
         from udsstream import cli
 
+        torch.set_num_threads(1)
         if self.die_at is not None:
             replace, die_at = write.replace_file, self.die_at
 
