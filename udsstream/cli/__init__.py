@@ -7,11 +7,14 @@ quick. An error of ours is printed without a traceback: exit 1, and 2 for a comm
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import udsstream
 from udsstream.cli.audit import audit
 from udsstream.cli.bench import bench
+from udsstream.cli.compare import compare
 from udsstream.cli.curate import curate
 from udsstream.cli.demo import demo
 from udsstream.cli.ingest import ingest
@@ -25,12 +28,31 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="udsstream",
-    help="Utility-diversity aware data selection for MosaicML Composer, with a record of every choice.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, log, replay, audit, report, curate, bench, demo, ingest):
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"udsstream {udsstream.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Utility-diversity aware data selection for MosaicML Composer, with a record of every choice.
+
+    Example: udsstream train pipelines/gsm8k.yaml save_folder=runs/a selection.keep=0.25
+    """
+
+
+for command in (train, log, replay, audit, report, compare, curate, bench, demo, ingest):
     app.command()(command)
 
 

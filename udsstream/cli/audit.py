@@ -49,6 +49,8 @@ def audit(
     """Re-derive every decision from the log, without the scoring code.
 
     Exit code 0: nothing was found. 1: something was. 2: the log, or an attestation, cannot be read or trusted.
+
+    Example: udsstream audit runs/a --data --checkpoint runs/a/checkpoints/latest-rank0.pt
     """
     from udsstream.errors import UdsstreamError
 

@@ -27,7 +27,10 @@ def bench(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure what scoring costs on this machine, beside the forward it is added to and the SVD it replaces."""
+    """Measure what scoring costs here, beside the forward and the SVD that it replaces.
+
+    Example: udsstream bench --repeats 3 --json
+    """
     from udsstream.bench import SHAPES, render, run_bench
 
     result = run_bench(model=model, gsm8k=gsm8k, repeats=repeats, shapes=SHAPES if shapes else ())

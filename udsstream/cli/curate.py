@@ -28,9 +28,7 @@ def curate(
     all: Annotated[str | None, typer.Option(metavar="STREAM", help="Write a whole MDS stream.")] = None,
     score: Annotated[
         str | None,
-        typer.Option(
-            metavar="STREAM", help="Score this MDS stream, a folder or a remote, with --model; write the best."
-        ),
+        typer.Option(metavar="STREAM", help="Score this MDS stream with --model; write the best."),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --score: settings, such as window=256.")
@@ -38,7 +36,7 @@ def curate(
     model: Annotated[str | None, typer.Option(help="With --score: a Hugging Face name or folder.")] = None,
     keep: Annotated[
         str | None,
-        typer.Option(metavar="P|N", help="With --score: the part P of each window, or N samples of it (0.25)."),
+        typer.Option(metavar="P|N", help="With --score: part P of each window, or N samples (0.25)."),
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="With --score: a file with the settings.")] = None,
     run: Annotated[Path | None, typer.Option(help="With --score: folder of the record. Default: OUT-run.")] = None,
@@ -71,9 +69,7 @@ def curate(
     language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="For the data card; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write the samples that a run chose, each once, with their scores and where they come from; or choose them first (--score).
-
-    What was interrupted goes on when the same command is given again. See docs/curating.md.
+    """Write what a run chose, or what a frozen model chooses (--score), as a data set.
 
     Example: udsstream curate --from-log runs/a --out curated --format parquet
     """

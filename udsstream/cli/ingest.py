@@ -41,7 +41,9 @@ def ingest(
     workers: Annotated[int, typer.Option(metavar="N", help="Processes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Write any data set as MDS shards. The same command goes on after a kill; bad rows go to rejects.jsonl.
+    """Write any data set as MDS shards; bad rows are put aside.
+
+    The same command goes on after a kill.
 
     Example: udsstream ingest train.jsonl.gz --out data/train --prompt question --response answer
     """

@@ -54,7 +54,10 @@ def log(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask a run's selection log: a summary, one step's decisions, one of the questions below, or a copy in Parquet."""
+    """Ask a run's selection log: a summary, one step, one sample, or another question.
+
+    Example: udsstream log runs/a --sample 17
+    """
     questions = {
         "--step": step is not None,
         "--sample": sample is not None,

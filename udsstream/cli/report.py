@@ -24,9 +24,11 @@ def report(
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Where a stream is now (repeatable).")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run: figures, plots, samples, settings and the audit's verdict.
+    """Write one offline HTML page about a run: figures, plots, samples and verdict.
 
     The page holds what the samples say, unlike the log: leave it out with --no-text before you hand it on.
+
+    Example: udsstream report runs/a --out a.html --no-text
     """
     from udsstream.report.write import write_report
 

@@ -18,7 +18,12 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dotted paths.")
     ] = None,
 ) -> None:
-    """Fine-tune a model on the part of a stream that is worth most, and record every choice."""
+    """Fine-tune a model on the part of a stream that is worth most, and record every choice.
+
+    The same command with autoresume=true goes on with a run that was interrupted.
+
+    Example: udsstream train pipelines/gsm8k.yaml save_folder=runs/a selection.keep=0.25
+    """
     from udsstream.run_config import load_run_config
 
     settings = load_run_config(config, overrides or [])

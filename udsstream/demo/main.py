@@ -12,7 +12,13 @@ from udsstream.demo import smollm2, stdlib_docstrings
 from udsstream.run_config import load_run_config
 from udsstream.run_folder import is_finished, unfinished_folder
 
-__all__ = ["run_demo"]
+__all__ = ["recipe", "run_demo"]
+
+
+def recipe() -> Path:
+    """The demo's configuration: in a checkout pipelines/demo.yaml, of which a wheel has a copy beside this file."""
+    packed = Path(__file__).with_name("demo.yaml")
+    return packed if packed.exists() else Path(__file__).parents[2] / "pipelines" / "demo.yaml"
 
 
 def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
