@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ from udsstream.mosaicml.dataset import (
     streaming_dataset_of,
 )
 from udsstream.mosaicml.decision import Decision
+from udsstream.mosaicml.log_upload import LogUpload
+from udsstream.mosaicml.method_inputs import MethodInputs, learning_rate_of
+from udsstream.mosaicml.metrics import TokenTotals, step_metrics, time_metrics
 from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, greatest_over_ranks, kept_batch
 from udsstream.mosaicml.recording import record, record_push
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
@@ -58,6 +61,7 @@ from udsstream.mosaicml.run_log import (
 )
 from udsstream.mosaicml.schedule import selects_now
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
+from udsstream.scoring.candidates import Candidates
 from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.selection_log.timings import TimingsWriter
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -85,6 +89,9 @@ class OnlineBatchSelection(Algorithm):
         trunk: dotted name of a module whose output holds the final hidden states. None: what enters the head is taken.
         head: dotted name of the head's module. None: found through `get_output_embeddings()` (Hugging Face).
         warm_start: `log_dir` of a former run, whose memory this run begins with.
+        reference: for `method="rho_loss"`: the losses of a reference model, as the folder of a log that recorded them or sample id → loss.
+        validation: for `method="greats"`: batches of samples whose loss is to be lowered, as the training collator makes them.
+        upload_log: hand the log's sealed files to the run's loggers, at checkpoints and at the end; see docs/trackers.md.
         All others: see `udsstream.SelectionConfig`.
 
     Raises:
@@ -95,8 +102,9 @@ class OnlineBatchSelection(Algorithm):
     def __init__(
         self,
         *,
-        method: Method = "uds",
+        method: Method | Callable[[Candidates], Any] = "uds",
         keep: float | int = 0.25,
+        keep_tokens: int | None = None,
         alpha: float | None = None,
         buffer_size: int = 1024,
         projection_dims: tuple[int, int] = (128, 8),
@@ -115,10 +123,14 @@ class OnlineBatchSelection(Algorithm):
         trunk: str | None = None,
         head: str | None = None,
         warm_start: str | Path | None = None,
+        reference: str | Path | Mapping[int, float] | None = None,
+        validation: Iterable[Mapping[str, Any]] | None = None,
+        upload_log: bool = False,
     ) -> None:
         self.config = SelectionConfig(
             method=method,
             keep=keep,
+            keep_tokens=keep_tokens,
             alpha=alpha,
             buffer_size=buffer_size,
             projection_dims=projection_dims,
@@ -133,9 +145,13 @@ class OnlineBatchSelection(Algorithm):
             seed=seed,
             score_microbatch_tokens=score_microbatch_tokens,
         )
+        self.inputs = MethodInputs.of(self.config, reference=reference, validation=validation)
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.autoresume = autoresume
         self.warm_start = Path(warm_start) if warm_start is not None else None
+        self.upload_log = upload_log
+        if upload_log and log_dir is None:
+            raise ConfigError("upload_log: there is no log to upload; give a log_dir, or leave upload_log out")
         self._module_names = {"trunk": trunk, "head": head}
         self._handlers = {
             Event.INIT: self._on_init,
@@ -151,6 +167,7 @@ class OnlineBatchSelection(Algorithm):
         self.selector: CandidateSelector | None = None
         self._writer: SelectionLogWriter | None = None
         self._timings: TimingsWriter | None = None
+        self._upload: LogUpload | None = None
         self._times: tuple[float, float, float] | None = None
         self._streams: list[StreamIdentity] = []
         self._run_id: str | None = None
@@ -158,6 +175,7 @@ class OnlineBatchSelection(Algorithm):
         self._loaded: dict[str, Any] | None = None
         self._pending_rng: list[dict[str, Any]] | None = None
         self._correlation = LengthCorrelation()
+        self._tokens = TokenTotals()
         self._warned_of_length = False
         self._step = 0
         # Merkle roots of checkpoints that the run's loggers have not been told yet: an anchor kept outside of the log's folder.
@@ -166,7 +184,7 @@ class OnlineBatchSelection(Algorithm):
     # Composer's interface ---------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(method={self.config.method!r}, keep={self.config.keep!r}, log_dir={str(self.log_dir)!r})"
+        return f"{type(self).__name__}(method={self.config.method_name!r}, keep={self.config.keep!r}, log_dir={str(self.log_dir)!r})"
 
     def match(self, event: Event, state: State) -> bool:
         """Runs at INIT, AFTER_LOAD, FIT_START and FIT_END, at the ends of epochs, and around every batch."""
@@ -187,7 +205,9 @@ class OnlineBatchSelection(Algorithm):
         state["memory"] = self.selector.memory_state()
         check_same_memory(self.selector.buffer.digest, self.selector.buffer.pushed)
         state["streams"] = [[stream.name, stream.index_sha256] for stream in self._streams]
+        state["inputs"] = self.inputs.describe()
         state["correlation"] = dict(vars(self._correlation))
+        state["tokens"] = dict(vars(self._tokens))
         state["rng"] = gather_rng_state()
         if self._writer is not None:
             anchored = anchor(self._writer, self._step, self.selector.buffer)
@@ -223,6 +243,7 @@ class OnlineBatchSelection(Algorithm):
         self._loaded = dict(state)
         self._pending_rng = state["rng"]
         self._correlation = LengthCorrelation(**state["correlation"])
+        self._tokens = TokenTotals(**state.get("tokens", {}))
 
     def close(self) -> None:
         """Seals the log and gives its lock back. `Trainer.close()` calls it, and so does the end of the process."""
@@ -259,17 +280,21 @@ class OnlineBatchSelection(Algorithm):
         self._check_batch_size(state)
         self._check_set_up(state)
         model = unwrapped(state.model)
-        self.selector = CandidateSelector.of_trainer(self.config, state, **self._module_names)
+        self.selector = CandidateSelector.of_trainer(self.config, state, inputs=self.inputs, **self._module_names)
         self._step = state.timestamp.batch.value
         source = sample_source_of(state.train_dataloader)
         self._streams = stream_identities(source) if source is not None else []
+        self.inputs.check_streams(self._streams)
         if self._loaded is not None:
             check_streams(self._loaded["streams"], self._streams)
+            self.inputs.check_resumed(self._loaded.get("inputs", {}))
             self.selector.restore_memory(self._loaded["memory"])
         self._open_log(state, model, self.selector)
+        if self.upload_log and self._writer is not None:
+            self._upload = LogUpload(self._writer, logger)
         logger.log_hyperparameters(
             {f"selection/{name}": value for name, value in self.config.as_dict().items()}
-            | {"selection/resolved_alpha": self.selector.alpha}
+            | {"selection/resolved_alpha": self.selector.alpha, "selection/log_run_id": self._run_id}
         )
 
     def _on_batch(self, state: State, logger: Logger) -> None:
@@ -284,30 +309,41 @@ class OnlineBatchSelection(Algorithm):
         self._step = state.timestamp.batch.value + 1
         self._times = (began, decided, recorded)
         seconds = {"selection/seconds": decided - began, "selection/log_seconds": recorded - decided}
-        logger.log_metrics(decision.metrics() | seconds | self._length_metric(decision))
-        self._report_roots(logger)
+        self._tokens.add(decision)
+        logger.log_metrics(step_metrics(decision, self._tokens) | seconds | self._length_metric(decision))
+        self._report_log(logger)
 
     def _on_batch_end(self, state: State, logger: Logger) -> None:
-        del state, logger
-        if self._timings is not None and self._times is not None:
-            began, decided, recorded = self._times
-            self._timings.append(
-                self._step - 1,
-                step_seconds=time.perf_counter() - began,
-                selection_seconds=decided - began,
-                log_seconds=recorded - decided,
-            )
+        del state
+        if self._times is None:
+            return
+        began, decided, recorded = self._times
+        seconds = {
+            "step_seconds": time.perf_counter() - began,
+            "selection_seconds": decided - began,
+            "log_seconds": recorded - decided,
+        }
+        logger.log_metrics(time_metrics(**seconds))
+        if self._timings is not None:
+            self._timings.append(self._step - 1, **seconds)
 
     def _on_fit_end(self, state: State, logger: Logger) -> None:
         del state
-        self._report_roots(logger)
+        self._report_log(logger)
         if self._writer is not None:
             self._writer.seal()
+        if self._upload is not None:
+            self._upload.finish(logger)
 
-    def _report_roots(self, logger: Logger) -> None:
+    def _report_log(self, logger: Logger) -> None:
+        """Tells the run's loggers what the last checkpoint said of the log, and hands them its files if asked to."""
         if self._unreported:
             logger.log_hyperparameters(self._unreported)
             self._unreported = {}
+            if self._upload is not None:
+                self._upload.seal()
+        if self._upload is not None:
+            self._upload.send(logger)
 
     def _restore_rng(self, state: State, logger: Logger) -> None:
         """Puts the checkpoint's random state back at the first of: a new epoch, a batch, the end of an epoch that had none left.
@@ -330,6 +366,7 @@ class OnlineBatchSelection(Algorithm):
             selects=selects_now(state, self.config),
             epoch=state.timestamp.epoch.value,
             batch_in_epoch=state.timestamp.batch_in_epoch.value,
+            learning_rate=learning_rate_of(state),
         )
 
     def _remember(self, state: State, decision: Decision) -> None:
@@ -399,6 +436,7 @@ class OnlineBatchSelection(Algorithm):
                     world_size=dist.get_world_size(),
                     train_seed=state.rank_zero_seed,
                     warm_start=origin,
+                    inputs=self.inputs.describe(),
                 )
             )
             self._run_id = description["run_id"]
@@ -469,8 +507,10 @@ class _ClosesWithTrainer(Callback):
         self._algorithm = algorithm
 
     def close(self, state: State, logger: Logger) -> None:
-        del state, logger
+        del state
         self._algorithm.close()
+        if self._algorithm._upload is not None:
+            self._algorithm._upload.finish(logger)
 
 
 def _loader_facts(state: State) -> dict[str, Any]:

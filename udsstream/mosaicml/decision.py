@@ -1,11 +1,12 @@
-"""One step's decision, and the two forms in which it leaves the algorithm: the log's columns and the run's metrics.
+"""One step's decision, and the form in which it enters the log: columns. (The run's metrics: `metrics.py`.)
 
 B candidates of all ranks in canonical order, d components of an embedding
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -29,12 +30,10 @@ class Decision:
     """Places of the kept candidates, ascending: the order they are trained in."""
     scores: Tensor | None = None
     """(B,) float32. None: selection was off, and all candidates are trained on."""
-    intra: Tensor | None = None
-    """(B,) float32; None for methods that have none."""
-    inter: Tensor | None = None
-    """(B,) float32; None for methods that have none."""
-    loss: Tensor | None = None
-    """(B,) float32, nats per labelled token; None for methods that have none."""
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B,) float32 each, by the names of the log's columns; what the method measures of each candidate."""
+    interaction: Tensor | None = None
+    """(B_r, B_r) float32 of *this rank's* candidates alone; None for methods that have none."""
     embeddings: Tensor | None = None
     """(B, d) float32; None for methods that have none."""
 
@@ -44,15 +43,22 @@ class Decision:
         return self.scores is not None
 
     def columns(
-        self, *, rank: int, epoch: int, sample_in_epoch: int, source: SampleSource | None
+        self,
+        *,
+        rank: int,
+        epoch: int,
+        sample_in_epoch: int,
+        source: SampleSource | None,
+        interactions: int | None = None,
     ) -> dict[str, np.ndarray]:
         """The columns of the selection log that the writer does not fill itself, for the candidates of one rank.
 
         Args:
-            rank: whose candidates.
+            rank: whose candidates; this one's where the decision has an interaction.
             epoch: of this step.
             sample_in_epoch: candidates seen in this epoch before this step.
             source: tells in which stream and shard a sample lies; None leaves these columns null.
+            interactions: numbers of the column `interaction`, if the log has it.
         """
         count = len(self.sample_ids)
         selected = np.zeros(count, dtype=bool)
@@ -74,30 +80,15 @@ class Decision:
             columns["stream"] = place.stream.astype(np.int16)
             columns["shard"] = place.shard.astype(np.int32)
             columns["shard_index"] = place.index.astype(np.int32)
-        for name, values in (
-            ("intra", self.intra),
-            ("inter", self.inter),
-            ("loss", self.loss),
-            ("score", self.scores),
-        ):
-            if values is not None:
-                columns[name] = values.numpy()
-        mine = self.order.rank == rank
-        return {name: values[mine] for name, values in columns.items()}
-
-    def metrics(self) -> dict[str, float]:
-        """What the run's loggers are told of this step."""
-        metrics = {
-            "selection/candidates": float(len(self.sample_ids)),
-            "selection/kept": float(len(self.kept)),
-            "selection/candidate_tokens": float(sum(self.lengths)),
-            "selection/kept_tokens": float(sum(self.lengths[row] for row in self.kept)),
-        }
+        columns |= {name: values.numpy() for name, values in self.measured.items()}
         if self.scores is not None:
-            metrics["selection/score_mean"] = float(self.scores.mean())
-            metrics["selection/score_kept_mean"] = float(self.scores[self.kept].mean())
-        if self.inter is not None:
-            metrics["selection/inter_mean"] = float(self.inter.mean())
-        if self.loss is not None:
-            metrics["selection/loss_mean"] = float(self.loss.mean())
-        return metrics
+            columns["score"] = self.scores.numpy()
+        own = self.order.of(rank)
+        columns = {name: values[np.sort(own)] for name, values in columns.items()}
+        if self.interaction is not None:
+            assert interactions is not None, "a log of this method has the column"
+            # Its rows and columns are in the order of the rank's batch; so are its candidates in canonical order.
+            padded = np.zeros((len(own), interactions), np.float32)
+            padded[:, : len(own)] = self.interaction.numpy()
+            columns["interaction"] = padded
+        return columns

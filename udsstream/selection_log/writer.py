@@ -357,11 +357,17 @@ class SelectionLogWriter:
 
     # -- sealing -------------------------------------------------------------------------------------------------
 
-    def seal(self) -> None:
-        """Seal what has been written so far, and wait for it."""
+    def seal(self, *, wait: bool = True) -> None:
+        """Seal what has been written so far, and wait for it. Without `wait` it is done behind the next rows; see `sealing`."""
         self._write(self._selection.rotate)
         self._write(self._pushes.rotate)
-        self._wait()
+        if wait:
+            self._wait()
+
+    @property
+    def sealing(self) -> bool:
+        """Whether a segment is being sealed."""
+        return not all(future.done() for future in self._seals)
 
     def _hand_over(self, pending: Pending, codec: TableCodec) -> None:
         if self._thread is None:
