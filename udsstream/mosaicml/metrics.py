@@ -77,6 +77,8 @@ def time_metrics(*, step_seconds: float, selection_seconds: float, log_seconds: 
 
 
 def _valued(decision: Decision) -> dict[str, np.ndarray]:
-    """(B,) float64 by the names of the log's columns: the score, and whatever the method measured of each candidate."""
-    found = dict(decision.measured) if decision.scores is None else {"score": decision.scores, **decision.measured}
-    return {name: values.double().numpy() for name, values in found.items()}
+    """(B,) float64 by the names of the log's columns: whatever the method measured of each candidate, and the score."""
+    valued = dict(decision.measured)
+    if decision.scores is not None:
+        valued["score"] = decision.scores
+    return {name: values.double().numpy() for name, values in valued.items()}
