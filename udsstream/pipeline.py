@@ -6,6 +6,7 @@ What is not here: any choice about scores or batches (`udsstream/mosaicml`).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Algorithm, Callback, DataSpec, Evaluator
+from composer.core import Algorithm, Callback, DataSpec, Evaluator, Event, State
+from composer.loggers import Logger
 from composer.metrics.nlp import LanguageCrossEntropy
 from composer.models import HuggingFaceModel
 from composer.optim import (
@@ -29,6 +31,7 @@ from streaming import Stream
 from torch.utils.data import DataLoader
 
 from udsstream.errors import DataError, ModelError
+from udsstream.evals import append_eval, append_resumption
 from udsstream.job_folder import WORK
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
@@ -82,7 +85,7 @@ def train(config: RunConfig) -> TrainingResult:
     folder = Path(config.save_folder)
     join_ranks(config.device)
     on_rank_zero(lambda: claim_folder(folder, config))
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, callbacks=[_HeldOutLosses(folder)] if config.eval is not None else [])
     try:
         before = _initial_loss(trainer, config, folder)
         if trainer.state.timestamp < config.max_duration:
@@ -364,6 +367,8 @@ def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | 
     path = folder / "initial_eval.json"
     remembered = on_rank_zero(lambda: json.loads(path.read_text())["loss"] if path.exists() else None)
     if remembered is not None:
+        if trainer.state.timestamp.batch.value == 0:
+            on_rank_zero(lambda: append_eval(folder, step=0, loss=remembered, seconds=None))
         return remembered
     if trainer.state.timestamp.batch.value > 0:
         return None
@@ -375,4 +380,29 @@ def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | 
 
 def eval_loss(trainer: Trainer) -> float:
     """The held-out loss of the last evaluation, in nats per token."""
-    return float(trainer.state.eval_metrics["held_out"][_EVAL_METRIC].compute())
+    return _held_out_loss(trainer.state)
+
+
+def _held_out_loss(state: State) -> float:
+    return float(state.eval_metrics["held_out"][_EVAL_METRIC].compute())
+
+
+class _HeldOutLosses(Callback):
+    """Writes each evaluation down as it ends, and from where a resumed run goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._began = 0.0
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Evaluations within training and by `Trainer.eval()` alike."""
+        del logger
+        step = state.timestamp.batch.value
+        if event == Event.AFTER_LOAD:
+            on_rank_zero(lambda: append_resumption(self._folder, step))
+        elif event in (Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START):
+            self._began = time.perf_counter()
+        elif event in (Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END):
+            seconds = time.perf_counter() - self._began
+            loss = _held_out_loss(state)  # on every rank: it is a mean over them
+            on_rank_zero(lambda: append_eval(self._folder, step=step, loss=loss, seconds=seconds))

@@ -327,13 +327,13 @@ def parse_settings(kind: type[Settings], settings: Any, *, where: str) -> Settin
         ) from None
 
 
-def config_changes(old: RunConfig, new: RunConfig) -> list[str]:
+def config_changes(old: RunConfig, new: RunConfig, *, may_change: Sequence[str] = _MAY_CHANGE) -> list[str]:
     """One line for each key whose change would make a resumed run another run: its path, what it was, what it is."""
     before, after = _flat(old.model_dump()), _flat(new.model_dump())
     return [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] not in _MAY_CHANGE and before.get(key) != after.get(key)
+        if key.split(".")[0] not in may_change and before.get(key) != after.get(key)
     ]
 
 

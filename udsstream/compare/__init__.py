@@ -1,0 +1,1 @@
+"""Methods × seeds on one data set: runs, one table, one plot (`udsstream compare`)."""
