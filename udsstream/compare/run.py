@@ -22,7 +22,7 @@ from typing import Any, Literal
 from udsstream.compare.config import PlannedRun
 from udsstream.errors import LogExistsError, ResumeError
 from udsstream.run_config import CandidatesConfig, RunConfig, config_changes, load_run_config
-from udsstream.run_folder import CONFIG, SUMMARY, claim_folder, is_finished, write_atomically
+from udsstream.run_folder import CONFIG, claim_folder, is_finished, write_atomically
 
 __all__ = ["OUTPUT", "Outcome", "check_folders", "do_runs"]
 
