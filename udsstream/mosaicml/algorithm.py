@@ -59,6 +59,7 @@ from udsstream.mosaicml.run_log import (
     former_memory,
     reopen_log,
 )
+from udsstream.mosaicml.sample_identity import SampleIdentity, SampleIdSetting, check_same_ids
 from udsstream.mosaicml.schedule import selects_now
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
 from udsstream.scoring.candidates import Candidates
@@ -91,6 +92,8 @@ class OnlineBatchSelection(Algorithm):
         warm_start: `log_dir` of a former run, whose memory this run begins with.
         reference: for `method="rho_loss"`: the losses of a reference model, as the folder of a log that recorded them or sample id → loss.
         validation: for `method="greats"`: batches of samples whose loss is to be lowered, as the training collator makes them.
+        sample_ids: `auto` takes ids from the batches, or from the data set behind the loader; `content-hash` makes them of the tokens, for
+            loaders that tell neither. See `sample_identity.py`.
         upload_log: hand the log's sealed files to the run's loggers, at checkpoints and at the end; see docs/trackers.md.
         All others: see `udsstream.SelectionConfig`.
 
@@ -125,6 +128,7 @@ class OnlineBatchSelection(Algorithm):
         warm_start: str | Path | None = None,
         reference: str | Path | Mapping[int, float] | None = None,
         validation: Iterable[Mapping[str, Any]] | None = None,
+        sample_ids: SampleIdSetting = "auto",
         upload_log: bool = False,
     ) -> None:
         self.config = SelectionConfig(
@@ -149,6 +153,7 @@ class OnlineBatchSelection(Algorithm):
         self.log_dir = Path(log_dir) if log_dir is not None else None
         self.autoresume = autoresume
         self.warm_start = Path(warm_start) if warm_start is not None else None
+        self._identity = SampleIdentity(sample_ids)
         self.upload_log = upload_log
         if upload_log and log_dir is None:
             raise ConfigError("upload_log: there is no log to upload; give a log_dir, or leave upload_log out")
@@ -208,6 +213,7 @@ class OnlineBatchSelection(Algorithm):
         state["inputs"] = self.inputs.describe()
         state["correlation"] = dict(vars(self._correlation))
         state["tokens"] = dict(vars(self._tokens))
+        state["sample_ids"] = self._identity.source
         state["rng"] = gather_rng_state()
         if self._writer is not None:
             anchored = anchor(self._writer, self._step, self.selector.buffer)
@@ -251,6 +257,7 @@ class OnlineBatchSelection(Algorithm):
             self._writer.close()
         if self._timings is not None:
             self._timings.close()
+        self._identity.detach()
 
     # Events -----------------------------------------------------------------------------------------------------------
 
@@ -273,12 +280,14 @@ class OnlineBatchSelection(Algorithm):
                 "state. Start a new run from its weights (load_weights_only=True), or resume from a checkpoint of this run"
             )
         self._check_batch_size(state)
+        self._identity.attach(state.train_dataloader)
 
     def _on_fit_start(self, state: State, logger: Logger) -> None:
         if self.selector is not None:  # a second fit() of the same run
             return
         self._check_batch_size(state)
         self._check_set_up(state)
+        self._identity.attach(state.train_dataloader)
         model = unwrapped(state.model)
         self.selector = CandidateSelector.of_trainer(self.config, state, inputs=self.inputs, **self._module_names)
         self._step = state.timestamp.batch.value
@@ -286,6 +295,7 @@ class OnlineBatchSelection(Algorithm):
         self._streams = stream_identities(source) if source is not None else []
         self.inputs.check_streams(self._streams)
         if self._loaded is not None:
+            check_same_ids(self._loaded.get("sample_ids", "dataset"), self._identity.source)
             check_streams(self._loaded["streams"], self._streams)
             self.inputs.check_resumed(self._loaded.get("inputs", {}))
             self.selector.restore_memory(self._loaded["memory"])
@@ -300,6 +310,7 @@ class OnlineBatchSelection(Algorithm):
     def _on_batch(self, state: State, logger: Logger) -> None:
         self._restore_rng(state, logger)
         began = time.perf_counter()
+        state.batch = self._identity.identified(state.batch)
         decision = self._decide(state)
         decided = time.perf_counter()
         self._remember(state, decision)
@@ -432,7 +443,7 @@ class OnlineBatchSelection(Algorithm):
                     vocab_size=selector.vocab_size,
                     model=model,
                     streams=self._streams,
-                    loader=_loader_facts(state),
+                    loader=_loader_facts(state) | {"sample_ids": self._identity.source},
                     world_size=dist.get_world_size(),
                     train_seed=state.rank_zero_seed,
                     warm_start=origin,

@@ -53,7 +53,8 @@ def sample_ids_of(batch: object) -> list[int]:
         raise MissingSampleIdError(
             f"the batch has no 'sample_id' (found: {', '.join(map(str, batch)) or 'nothing'}); every decision is recorded by it. "
             "UDSStreamingDataset puts it into each sample; keep it in the collator as an int64 tensor of shape (B,): "
-            "batch['sample_id'] = torch.tensor([sample['sample_id'] for sample in samples])"
+            "batch['sample_id'] = torch.tensor([sample['sample_id'] for sample in samples]). With sample_ids=\"content-hash\" samples are "
+            "named by their tokens instead"
         )
     ids = batch["sample_id"]
     rows = _input_ids(batch).shape[0]

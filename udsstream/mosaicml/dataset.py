@@ -118,7 +118,7 @@ class UDSStreamingDataset(StreamingDataset):
     def __iter__(self) -> Iterator[Any]:
         """The samples of this epoch's partition; ends only when all of them came."""
         for item in super().__iter__():
-            yield with_sample_id(item, self._yielding)
+            yield self._with_id(item, self._yielding)
         event = getattr(self, "_event", None)
         if event is not None and event.is_set():
             raise self._failure or ShardError(
@@ -126,6 +126,9 @@ class UDSStreamingDataset(StreamingDataset):
                 "decompressed (the thread's traceback stands above). Streaming would have ended the epoch here without an error; "
                 f"check that every shard named in {get_index_basename()} is at its remote or local place and has its recorded size"
             )
+
+    def _with_id(self, sample: Any, sample_id: int) -> Any:
+        return with_sample_id(sample, sample_id)
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         # Streaming maps __getitem__ over these one at a time, so the last id handed out belongs to the item in hand.

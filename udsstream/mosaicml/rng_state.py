@@ -6,7 +6,9 @@ Composer 0.32 saves that state too but does not restore it when a run resumes in
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-__all__ = ["NeutralEvaluation", "gather_rng_state", "load_rng_state"]
+__all__ = ["NeutralEvaluation", "gather_rng_state", "keeps_rng_state", "load_rng_state"]
 
 
 class NeutralEvaluation(Callback):
@@ -35,6 +37,16 @@ class NeutralEvaluation(Callback):
         elif event in (Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END) and self._before is not None:
             _set_rng_state(self._before)
             self._before = None
+
+
+@contextlib.contextmanager
+def keeps_rng_state() -> Iterator[None]:
+    """Runs a block that may draw, and puts the generators back as they were."""
+    before = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(before)
 
 
 def gather_rng_state() -> list[dict[str, Any]]:
