@@ -16,36 +16,34 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dotted paths.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="ENTRY", help="Run this entry alone for now; repeatable.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ENTRY", help="Run this entry alone; repeatable.")] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing: table and plot of what is finished.")
+    ] = False,
 ) -> None:
-    """Run methods × seeds on one data set; write one table and one plot. Again: it goes on. See docs/comparing.md.
+    """Run methods × seeds on one data set; write a table and a plot.
 
-    Example: udsstream compare pipelines/compare.yaml out=runs/compare seeds='[1,2]'
+    Given again, the command goes on: what is finished is taken as it is. See docs/comparing.md.
+
+    Example: udsstream compare pipelines/compare.yaml out=runs/compare --only uds --only random
     """
-    from udsstream.compare.config import load_compare_config, plan_runs
-    from udsstream.compare.run import do_runs
-    from udsstream.errors import ConfigError
+    from udsstream.compare import job
+    from udsstream.compare.config import load_compare_config
+    from udsstream.compare.table import print_table
 
-    settings = load_compare_config(config, overrides or [])
-    runs = plan_runs(settings, where=str(config))
-    unknown = sorted(set(only or ()) - set(settings.entries))
-    if unknown:
-        raise ConfigError(f"--only {unknown[0]}: there is no such entry; there are {', '.join(settings.entries)}")
-    wanted = [run for run in runs if not only or run.entry in only]
-    done = 0
-
-    def began(run: Any) -> None:
-        print(f"{run.entry}, seed {run.seed}: run {done + 1} of {len(wanted)}", flush=True)
+    def began(run: Any, number: int, of: int) -> None:
+        print(f"run {number} of {of}: {run.entry}, seed {run.seed} …", flush=True)
 
     def ended(outcome: Any) -> None:
-        nonlocal done
-        done += 1
-        if outcome.state != "taken":
-            what = "done" if outcome.state == "done" else f"FAILED: {outcome.message}"
-            print(f"{outcome.run.entry}, seed {outcome.run.seed}: {what} ({timedelta(seconds=round(outcome.seconds))})")
+        took = timedelta(seconds=round(outcome.seconds))
+        if outcome.state == "done":
+            print(f"  done in {took}", flush=True)
+        elif outcome.state == "failed":
+            print(f"  FAILED after {took}: {outcome.message}", flush=True)
 
-    outcomes = do_runs(wanted, began=began, ended=ended)
-    if any(outcome.state == "failed" for outcome in outcomes):
+    settings = load_compare_config(config, overrides or [])
+    made = job.compare(settings, where=str(config), only=only or (), train=not report_only, began=began, ended=ended)
+    print_table(made.comparison)
+    print("Written: " + ", ".join(map(str, made.files)))
+    if made.failed:
         raise typer.Exit(1)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from udsstream.compare.config import PlannedRun
+from udsstream.compare.answers import answers_are_there
+from udsstream.compare.config import AnswersConfig, PlannedRun
 from udsstream.errors import LogExistsError, ResumeError
 from udsstream.run_config import CandidatesConfig, RunConfig, config_changes, load_run_config
 from udsstream.run_folder import CONFIG, claim_folder, is_finished, write_atomically
@@ -70,13 +71,15 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
 def do_runs(
     runs: Sequence[PlannedRun],
     *,
+    answers: AnswersConfig | None = None,
     began: Callable[[PlannedRun], Any] = lambda run: None,
     ended: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Does, or goes on with, every run that is not finished.
+    """Does, or goes on with, every run that is not finished, and generates its answers if they are asked for.
 
     Args:
         runs: in the order in which they are to be done.
+        answers: what is asked of the trained models. None: nothing.
         began: is told of each run as its process starts; not of those that were finished before.
         ended: is told of each run as it ends.
 
@@ -87,20 +90,27 @@ def do_runs(
     check_folders(runs)
     outcomes = []
     for run in runs:
-        if is_finished(run.folder):
+        trained = is_finished(run.folder)
+        if trained and (answers is None or answers_are_there(run.folder, answers)):
             outcome = Outcome(run=run, state="taken", seconds=0.0)
         else:
             began(run)
-            outcome = _do(run, runs)
+            outcome = _do(run, runs, train=not trained, answers=answers)
         outcomes.append(outcome)
         ended(outcome)
     return outcomes
 
 
-def _do(run: PlannedRun, runs: Sequence[PlannedRun]) -> Outcome:
+def _do(run: PlannedRun, runs: Sequence[PlannedRun], *, train: bool, answers: AnswersConfig | None) -> Outcome:
     start = time.monotonic()
-    claim_folder(run.folder, run.config)
-    _share_initial_loss(run, runs)
+    if train:
+        claim_folder(run.folder, run.config)
+        _share_initial_loss(run, runs)
+    task = {
+        "run": run.config.model_dump(mode="json"),
+        "answers": None if answers is None else answers.model_dump(),
+        "train": train,
+    }
     output = run.folder / OUTPUT
     with open(output, "ab") as file:
         from_here = file.tell()
@@ -109,7 +119,7 @@ def _do(run: PlannedRun, runs: Sequence[PlannedRun]) -> Outcome:
             assert process.stdin is not None
             try:
                 # Kept open: its end tells the process that nobody waits for it any more.
-                process.stdin.write(run.config.model_dump_json().encode() + b"\n")
+                process.stdin.write(json.dumps(task).encode() + b"\n")
                 process.stdin.flush()
                 code = process.wait()
             except BaseException:
