@@ -16,9 +16,11 @@ from udsstream.errors import DataError, MissingSampleIdError, SequenceTooLongErr
 from udsstream.mosaicml.batch import (
     check_candidates,
     cut_by_length,
+    join_rows,
     real_tokens,
     sample_ids_of,
     scoring_microbatches,
+    split_rows,
     take_rows,
     trim_padding,
 )
@@ -190,6 +192,30 @@ def test_trimming_the_taken_rows_is_collating_them_alone(side, rows):
     width = max(lengths[row] for row in rows)
     for key in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(trimmed[key], collated[key][:, :width] if side == "right" else collated[key][:, -width:])
+
+
+@SIDES
+def test_what_llm_foundry_s_collators_add_stays_with_its_rows(side):
+    """Token counts as lists of one entry a row, some of them tensors; `sequence_id`, -1 where there is padding."""
+    lengths = [3, 5, 8, 2]
+    batch = make_batch(lengths, width=11, side=side)
+    batch |= {
+        "sequence_id": batch["attention_mask"] - 1,
+        "total_tokens": list(lengths),
+        "loss_generating_tokens": [torch.tensor(n - 1) for n in lengths],
+    }
+    kept = trim_padding(take_rows(batch, [1, 3]))
+    joined = join_rows(split_rows(batch, [1, 3]), batch)
+    for found in (kept, joined):
+        assert found["total_tokens"] == [5, 2]
+        assert [int(n) for n in found["loss_generating_tokens"]] == [4, 1]
+        assert torch.equal(found["sequence_id"], found["attention_mask"] - 1)
+        assert found["input_ids"].shape == (2, 5)
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(kept[key], joined[key]), key
+    for rows, packed in scoring_microbatches(batch, batch["attention_mask"].bool(), lengths, 100):
+        assert packed["total_tokens"] == [lengths[row] for row in rows]
+        assert torch.equal(packed["sequence_id"], packed["attention_mask"] - 1)
 
 
 def test_trim_keeps_holes_inside_and_batches_without_a_mask():

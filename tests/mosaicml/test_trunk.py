@@ -517,6 +517,63 @@ def test_an_unreadable_head_of_a_model_that_shows_no_logits_is_an_error():
         choose_form(ModelParts(model, head="readout"), make_batch([30]))
 
 
+# A head that is the input embedding too (llm-foundry's MPT) ---------------------------------------------------------------
+
+
+class SharedEmbedding(nn.Embedding):
+    """Embeds tokens, and makes logits of hidden states when told to."""
+
+    def forward(self, input, unembed=False):
+        return nn.functional.linear(input, self.weight) if unembed else super().forward(input)
+
+
+class SharedHead(ComposerModel):
+    """One module at both ends, a scale that the configuration gives by name and the model as a number, a soft cap."""
+
+    class Config:
+        logit_scale = "inv_sqrt_d_model"
+        final_logit_softcapping = 5.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = self.Config()
+        self.logit_scale = D**-0.5
+        self.wte = SharedEmbedding(V, D)
+        self.recur = nn.GRU(D, D, batch_first=True)
+        self.drop = nn.Dropout(0.3)
+
+    def get_output_embeddings(self):
+        return self.wte
+
+    def forward(self, batch):
+        hidden = self.drop(self.recur(self.wte(batch["input_ids"]))[0])
+        return 5.0 * torch.tanh(self.wte(hidden, True) * self.logit_scale / 5.0)
+
+    def loss(self, outputs, batch):
+        return outputs.mean()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_head_that_embeds_the_tokens_too(side):
+    torch.manual_seed(1)
+    model = SharedHead()
+    model.wte.weight.data *= 6
+    model.train()
+    parts = ModelParts(model)
+    batch = make_batch([7, 33, 1, 12], side=side, spare=3)
+    with neutral(model):
+        form = choose_form(parts, make_batch([30, 12]))
+        hidden = parts.hidden_states(batch)
+    assert hidden.shape == (4, 36, D)
+    assert (form.form, form.softcap) == ("vocabulary_slices", 5.0)
+    assert form.scale == pytest.approx(D**-0.5)
+    assert form.relative_error is not None
+    assert form.relative_error < 1e-5
+    intra, _ = score(model, parts, batch)
+    for row in range(4):
+        assert oracles.relative_error(intra[row], oracles.nuclear_norm(logits_alone(model, batch, row))) < 1e-5
+
+
 def test_the_vocabulary_size(case):
     assert case[2].vocab_size == V
 

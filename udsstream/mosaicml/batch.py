@@ -31,7 +31,8 @@ __all__ = [
     "trim_padding",
 ]
 
-_FILL = {"labels": IGNORED_LABEL}
+_FILL = {"labels": IGNORED_LABEL, "sequence_id": -1}
+"""What padding holds beside zeros; `sequence_id` is llm-foundry's, which tells the sequences of a row apart."""
 
 LEFT_PADDED = "(left padded)"
 """Key of a row apart from its batch: whether its padding stood on the left."""

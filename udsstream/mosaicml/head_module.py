@@ -82,7 +82,7 @@ def read_head(module: nn.Module, *, scale: float = 1.0, softcap: float | None = 
         not isinstance(weight, Tensor)
         or weight.ndim != 2
         or not weight.is_floating_point()
-        or type(base) not in (nn.Linear, nn.Embedding)
+        or not (type(base) is nn.Linear or isinstance(base, nn.Embedding))
     ):
         found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
         if type(base).__module__.startswith("bitsandbytes"):

@@ -141,6 +141,9 @@ class ModelParts:
         """(scale, soft cap) pairs to try, what the model's configuration declares first, none at all last."""
         scales = [1.0]
         logit_scale = getattr(self._config, "logit_scale", None)  # Cohere, MPT
+        if isinstance(logit_scale, str):  # MPT's "inv_sqrt_d_model": the model has the number
+            numbers = (getattr(module, "logit_scale", None) for module in self.model.modules())
+            logit_scale = next((number for number in numbers if isinstance(number, float)), None)
         if isinstance(logit_scale, (int, float)) and logit_scale:
             scales.insert(0, float(logit_scale))
         logits_scaling = getattr(self._config, "logits_scaling", None)  # Granite divides
@@ -165,6 +168,8 @@ class ModelParts:
 
         def enters_head(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else next(iter(kwargs.values()))
+            if not hidden.is_floating_point():  # a head that is the input embedding too (MPT) embeds tokens first
+                return None
             if self._trunk is None:
                 take(hidden)
             if then != "shrink":
