@@ -192,6 +192,7 @@ def test_trimming_the_taken_rows_is_collating_them_alone(side, rows):
     width = max(lengths[row] for row in rows)
     for key in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(trimmed[key], collated[key][:, :width] if side == "right" else collated[key][:, -width:])
+        assert trimmed[key].is_contiguous()
 
 
 @SIDES

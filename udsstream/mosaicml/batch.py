@@ -133,7 +133,10 @@ def trim_padding(batch: Mapping[str, Any]) -> dict[str, Any]:
     start, stop = int(used[0]), int(used[-1]) + 1
     if (start, stop) == (0, width):
         return dict(batch)
-    return {key: value[:, start:stop] if _has_tokens(value, batch) else value for key, value in batch.items()}
+    # Contiguous, as a collator's tensors are: Composer's metrics take views of the labels.
+    return {
+        key: value[:, start:stop].contiguous() if _has_tokens(value, batch) else value for key, value in batch.items()
+    }
 
 
 def split_rows(batch: Mapping[str, Any], rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -372,7 +372,10 @@ class SelectionLogWriter:
     def _hand_over(self, pending: Pending, codec: TableCodec) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="selection-log-seal")
-        self._seals.append(self._thread.submit(self._seal, pending, codec))
+        try:
+            self._seals.append(self._thread.submit(self._seal, pending, codec))
+        except RuntimeError:  # the interpreter is ending, and no thread takes work any more
+            self._seal(pending, codec)
 
     def _seal(self, pending: Pending, codec: TableCodec) -> None:
         # Segments follow each other in the manifest: after one that failed, none may be sealed.
