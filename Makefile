@@ -25,7 +25,7 @@ soak: .venv/installed
 	$(BIN)/python -m pytest -m soak
 
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: .venv/installed
 	$(BIN)/python -m build --no-isolation

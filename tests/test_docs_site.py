@@ -56,7 +56,7 @@ def site(tmp_path_factory) -> Path:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         environment[name] = "http://127.0.0.1:9"  # nothing listens: what would be fetched fails
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

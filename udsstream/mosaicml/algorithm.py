@@ -83,6 +83,8 @@ class OnlineBatchSelection(Algorithm):
     At AFTER_DATALOADER every candidate is scored with the model as it is (`score = intra + α · inter`, arXiv 2510.16882), the best are
     kept, their embeddings enter the memory, the decision is written to the log, and `state.batch` becomes the kept rows.
 
+    Arguments that are not listed here are the settings of `udsstream.SelectionConfig`.
+
     Args:
         log_dir: where the record of every choice goes (made if absent). None: no record.
         autoresume: a run that was killed before its first checkpoint may go on in the log that it had begun. With False, a
@@ -95,7 +97,6 @@ class OnlineBatchSelection(Algorithm):
         sample_ids: `auto` takes ids from the batches, or from the data set behind the loader; `content-hash` makes them of the tokens, for
             loaders that tell neither. See `sample_identity.py`.
         upload_log: hand the log's sealed files to the run's loggers, at checkpoints and at the end; see docs/trackers.md.
-        All others: see `udsstream.SelectionConfig`.
 
     Raises:
         ConfigError: a setting cannot be used (here, or before training starts when the data loader or the model shows it).

@@ -110,7 +110,9 @@ class UDSWebDataset(IterableDataset):
     Args:
         folders: one stream each, of shards `*.tar`. An index is written into a folder that has none; that reads its shards once.
         batch_size: of the data loader, on this rank: batches are dealt to its workers whole.
-        shuffle, shuffle_seed, shuffle_buffer: see `epoch_order`.
+        shuffle: draw the order of each epoch; see `epoch_order`.
+        shuffle_seed: of that draw.
+        shuffle_buffer: by how many places a sample moves at most.
         columns: name → ending of the member that it is taken from, such as {"prompt": "prompt.txt"}; others are not decoded. None: all
             members, by their endings.
 
