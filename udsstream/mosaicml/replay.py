@@ -63,7 +63,9 @@ class ReplaySelection(Algorithm):
             random state and, to verify, its memory are taken from it. It is read without running what it holds, and only after that
             by Composer.
         verify_shards: check each shard that is read against the hashes in its stream's index.
-        trunk, head, warm_start: to verify, as `OnlineBatchSelection` was given them.
+        trunk: to verify, as `OnlineBatchSelection` was given it.
+        head: likewise.
+        warm_start: likewise.
 
     Attributes:
         differences: what is known to be other than in the original, one line each; while it is empty, equal weights are expected.
