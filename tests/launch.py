@@ -50,6 +50,8 @@ def finish(processes: list[BaseProcess], seconds: float = 120) -> list[int | Non
 
 
 def _on_rank(rank: int, ranks: int, port: int, work: Callable[[], Any]) -> None:
+    # As in a process that a launcher started; what a fork server started would give its DataLoader's workers another server.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -6,6 +6,8 @@ Streaming 0.13 has three habits that a recorded run cannot live with (each repro
 * a shard that cannot be read ends the epoch early, without an exception (`dataset.py:1456`);
 * a checkpoint at an epoch boundary makes the resumed run repeat the finished epoch (`dataset.py:795` against Composer's `state.py:972`).
 
+And a fourth, that jobs of one machine take each other's place in shared memory: `shared_memory.py`.
+
 What is not guarded here: with DataLoader workers a failed worker may hang instead of raising; give the DataLoader a `timeout`.
 """
 
@@ -25,7 +27,8 @@ from streaming.base.dataset import _ShardState
 from streaming.base.format import get_index_basename
 from streaming.base.hashing import get_hash
 
-from udsstream.errors import DataError, ShardError
+from udsstream.errors import DataError, ResumeError, ShardError
+from udsstream.mosaicml.shared_memory import is_gone, names_of_its_own
 
 __all__ = [
     "IdentifiedDataset",
@@ -43,9 +46,6 @@ __all__ = [
     "with_sample_id",
 ]
 
-_SHARED_MEMORY_TRIES = 20
-"""How often a data set is made anew when another job took the shared memory that it was about to take."""
-
 
 class UDSStreamingDataset(StreamingDataset):
     """A `streaming.StreamingDataset` (same arguments) that adds `sample_id` to every sample and raises when a stream breaks off.
@@ -54,33 +54,28 @@ class UDSStreamingDataset(StreamingDataset):
     resumptions. A subclass may return anything that is a mutable mapping from `__getitem__`: the id is put in if it is missing.
 
     Raises:
-        DataError: a stream holds no samples.
+        DataError: a stream holds no samples, or its cache is in use by another data set.
+        RankError: the ranks of one machine have different local folders.
 
     Raises (while iterating):
         ShardError: a shard is missing, truncated or corrupt.
         DataError: a sample is not a mutable mapping.
+        ResumeError: the place to go on from was removed from shared memory.
     """
 
     _yielding: int = -1
+    _resumes_in: int = -1
     _failure: ShardError | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        tries_left = _SHARED_MEMORY_TRIES if dist.get_world_size() == 1 else 1
-        while True:
-            tries_left -= 1
-            try:
-                return super().__init__(*args, **kwargs)
-            except FileExistsError:
-                # Streaming looks for a free name in shared memory, then takes it: two jobs that start at once may find the same one.
-                if not tries_left:
-                    raise
-            except RuntimeError as error:
-                if "contains no samples" not in str(error):
-                    raise
-                index = str(error).partition(": ")[2].rstrip(".")
-                raise DataError(
-                    f"the stream with the index {index} holds no samples; leave it out, or fill it"
-                ) from error
+        try:
+            with names_of_its_own():
+                super().__init__(*args, **kwargs)
+        except RuntimeError as error:
+            if "contains no samples" not in str(error):
+                raise
+            index = str(error).partition(": ")[2].rstrip(".")
+            raise DataError(f"the stream with the index {index} holds no samples; leave it out, or fill it") from error
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """The sample with its `sample_id`."""
@@ -117,6 +112,12 @@ class UDSStreamingDataset(StreamingDataset):
 
     def __iter__(self) -> Iterator[Any]:
         """The samples of this epoch's partition; ends only when all of them came."""
+        if self._resumes_in >= self.next_epoch and is_gone(self._shm_prefix_int):
+            raise ResumeError(
+                f"where to go on in epoch {self._resumes_in} was kept in shared memory, and something has removed it since it was loaded "
+                "(a job that cleans it, a logout under systemd's RemoveIPC=yes): Streaming would begin the epoch anew, without a word. "
+                "Resume again from the same checkpoint"
+            )
         for item in super().__iter__():
             yield self._with_id(item, self._yielding)
         event = getattr(self, "_event", None)
@@ -142,6 +143,11 @@ class UDSStreamingDataset(StreamingDataset):
         if from_beginning and num_samples == 0 and self.next_epoch > 0:
             state["epoch"] = self.next_epoch
         return state
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave, in the next iteration."""
+        super().load_state_dict(obj)
+        self._resumes_in = int(obj["epoch"])
 
     @cached_property
     def _sized(self) -> set[int]:
