@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from udsstream import OnlineBatchSelection, ReplaySelection, UDSStreamingDataset
+from udsstream.mosaicml.lengths import count_lengths
 from udsstream.mosaicml.selector import unwrapped
 from udsstream.sft import num_tokens
 
@@ -95,6 +96,7 @@ class TinyRun:
     dropout: float = 0.1
     batch_size: int = 8
     """Candidates of a global batch."""
+    length_group_batches: int | None = None
     lr: float = 1e-2
     selection: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     """Settings of OnlineBatchSelection over the tiny defaults; None: train without it."""
@@ -117,6 +119,9 @@ class TinyRun:
             batch_size=per_rank,
             num_canonical_nodes=1,
         )
+        if self.length_group_batches is not None and replay is None:
+            lengths = count_lengths(dataset, lambda sample: len(sample["input_ids"]))
+            dataset.group_by_length(self.length_group_batches, lengths)
         workers = {
             "collate_fn": collate,
             "num_workers": self.workers,

@@ -171,21 +171,7 @@ class SFTCollator:
         if not rows:
             raise DataError("the collator was called with no rows; give it at least one (is the stream empty?)")
         ids = [_sample_id(row) for row in rows]
-        items = [
-            tokenize(
-                row,
-                self.tokenizer,
-                max_seq_len=self.max_seq_len,
-                format=self.format,
-                prompt_key=self.prompt_key,
-                response_key=self.response_key,
-                messages_key=self.messages_key,
-                text_key=self.text_key,
-                loss_on=self.loss_on,
-                overlong=self.overlong,
-            )
-            for row in rows
-        ]
+        items = [self._tokenized(row) for row in rows]
         shape = (len(items), max(len(item["input_ids"]) for item in items))
         batch = {
             "input_ids": torch.full(shape, _pad(self.tokenizer), dtype=torch.int64),
@@ -202,6 +188,24 @@ class SFTCollator:
         if self.overlong == "truncate":
             batch["truncated"] = torch.tensor([item["truncated"] for item in items], dtype=torch.int64)
         return batch
+
+    def length_of(self, row: Mapping[str, Any]) -> int:
+        """How many tokens a batch will hold of this row, padding left out. Raises as `tokenize`."""
+        return len(self._tokenized(row)["input_ids"])
+
+    def _tokenized(self, row: Mapping[str, Any]) -> TokenizedRow:
+        return tokenize(
+            row,
+            self.tokenizer,
+            max_seq_len=self.max_seq_len,
+            format=self.format,
+            prompt_key=self.prompt_key,
+            response_key=self.response_key,
+            messages_key=self.messages_key,
+            text_key=self.text_key,
+            loss_on=self.loss_on,
+            overlong=self.overlong,
+        )
 
 
 def num_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -454,5 +454,11 @@ def test_what_each_step_took_is_written_beside_the_log(streams, tmp_path):
 def test_run_json_says_how_candidates_come(streams, tmp_path):
     TinyRun(streams=streams, folder=str(tmp_path), duration="3ba").run()
     run = SelectionLog.open(tmp_path / "log").run
-    assert run["loader"] == {"batch_size": 8, "canonical_nodes": 1, "batches_per_epoch": 11, "max_duration": "3ba"}
+    assert run["loader"] == {
+        "batch_size": 8,
+        "canonical_nodes": 1,
+        "length_groups": None,
+        "batches_per_epoch": 11,
+        "max_duration": "3ba",
+    }
     assert [(stream["samples"], stream["per_epoch"]) for stream in run["streams"]] == [(83, 83)]

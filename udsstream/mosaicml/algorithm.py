@@ -429,7 +429,12 @@ class OnlineBatchSelection(Algorithm):
         begun = self.log_dir is not None and (self.log_dir / "run.json").exists()
         if self.log_dir is not None and (anchored is not None or (begun and self.autoresume)):
             self._writer, self._run_id = reopen_log(
-                self.log_dir, anchored=anchored, step=self._step, config=config, streams=self._streams
+                self.log_dir,
+                anchored=anchored,
+                step=self._step,
+                config=config,
+                streams=self._streams,
+                grouping=_grouping(state),
             )
         memory = origin = None
         if self.warm_start is not None and self._loaded is None:
@@ -532,6 +537,12 @@ def _loader_facts(state: State) -> dict[str, Any]:
     return {
         "batch_size": batch_size if isinstance(batch_size, int) else None,
         "canonical_nodes": None if dataset is None else canonical_nodes(dataset),
+        "length_groups": _grouping(state),
         "batches_per_epoch": None if state.dataloader_len is None else int(state.dataloader_len),
         "max_duration": None if state.max_duration is None else state.max_duration.to_timestring(),
     }
+
+
+def _grouping(state: State) -> dict[str, Any] | None:
+    """How the data set groups its epochs by length; None where it does not, or is not one that could."""
+    return getattr(getattr(state.train_dataloader, "dataset", None), "length_grouping", None)

@@ -28,6 +28,12 @@ from streaming.base.format import get_index_basename
 from streaming.base.hashing import get_hash
 
 from udsstream.errors import DataError, ResumeError, ShardError
+from udsstream.mosaicml.length_groups import (
+    STREAMING_METHOD,
+    LengthGroups,
+    check_same_grouping,
+    streaming_length_groups,
+)
 from udsstream.mosaicml.shared_memory import is_gone, names_of_its_own
 
 __all__ = [
@@ -66,6 +72,7 @@ class UDSStreamingDataset(StreamingDataset):
     _yielding: int = -1
     _resumes_in: int = -1
     _failure: ShardError | None = None
+    length_groups: LengthGroups | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -76,6 +83,31 @@ class UDSStreamingDataset(StreamingDataset):
                 raise
             index = str(error).partition(": ")[2].rstrip(".")
             raise DataError(f"the stream with the index {index} holds no samples; leave it out, or fill it") from error
+
+    def group_by_length(self, batches: int, lengths: np.ndarray) -> None:
+        """From now on batches have samples of similar length: each `batches` global batches of an epoch are sorted by length together.
+
+        The order that this gives, and what it keeps of the epoch's own: `length_groups.py`. A collective: every rank must call it.
+
+        Args:
+            batches: at least 2.
+            lengths: (samples,) integers by id, of any unit: as `count_lengths` gives them.
+
+        Raises:
+            ConfigError: `batches` is too few, the data set has no batch size or has begun an epoch, or `batching_method` is not "random".
+            DataError: `lengths` are not one for each sample.
+            RankError: the ranks would group differently.
+        """
+        self.length_groups = streaming_length_groups(self, batches, lengths)
+        self.batching_method = STREAMING_METHOD
+
+    @property
+    def length_grouping(self) -> dict[str, Any] | None:
+        """What decides how epochs are grouped by length, as plain types; None: they are not."""
+        if self.length_groups is None or self.batch_size is None:
+            return None
+        batch = self.batch_size * self._parallel_rank_world.num_ranks
+        return self.length_groups.facts(batch=batch, seed=self.shuffle_seed)
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """The sample with its `sample_id`."""
@@ -142,10 +174,13 @@ class UDSStreamingDataset(StreamingDataset):
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0 and self.next_epoch > 0:
             state["epoch"] = self.next_epoch
+        if self.length_groups is not None:
+            state["length_groups"] = self.length_grouping
         return state
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave, in the next iteration."""
+        """Goes on from what `state_dict` gave, in the next iteration; ResumeError where its epochs were grouped by length otherwise."""
+        check_same_grouping(obj.get("length_groups"), self.length_grouping)
         super().load_state_dict(obj)
         self._resumes_in = int(obj["epoch"])
 

@@ -39,7 +39,8 @@ def describe_run(
     """The description of a run that starts now, ready for JSON.
 
     Args:
-        loader: `batch_size` (candidates per step and rank), `batches_per_epoch` and `max_duration`; None where it is not known.
+        loader: `batch_size` (candidates per step and rank), `batches_per_epoch`, `max_duration`, how Streaming cuts an epoch
+            (`canonical_nodes`), and how epochs are grouped by length (`length_groups`); None where it is not known, or not done.
     """
     return {
         "run_id": uuid.uuid4().hex,

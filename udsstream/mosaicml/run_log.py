@@ -18,6 +18,7 @@ from composer.utils import dist
 from udsstream.config import SelectionConfig, config_difference
 from udsstream.errors import ConfigError, LogExistsError, ResumeError
 from udsstream.mosaicml.dataset import StreamIdentity
+from udsstream.mosaicml.length_groups import check_same_grouping
 from udsstream.mosaicml.ranks import from_rank_zero
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.selection_log.reader import Memory, SelectionLog
@@ -50,14 +51,16 @@ def reopen_log(
     step: int,
     config: SelectionConfig,
     streams: Sequence[StreamIdentity],
+    grouping: Mapping[str, Any] | None = None,
 ) -> tuple[SelectionLogWriter, str]:
     """The log of the run that goes on at `step`, and its run id.
 
     Args:
         anchored: the checkpoint's word on the log: run id and chain heads. None: the run was killed before its first checkpoint.
+        grouping: how the data set groups its epochs by length.
 
     Raises:
-        ResumeError: the folder has no log, or one with other settings or streams.
+        ResumeError: the folder has no log, or one with other settings, streams or length groups.
         LogExistsError: it has the log of another run.
         LogCorruptError: it lacks steps that the checkpoint saw, or holds others.
     """
@@ -80,6 +83,7 @@ def reopen_log(
             + "\nresume with the old values, or give the new run a log_dir of its own"
         )
     check_streams([[stream["name"], stream["index_sha256"]] for stream in run["streams"]], streams)
+    check_same_grouping((run.get("loader") or {}).get("length_groups"), grouping)
     rank, heads = dist.get_global_rank(), [] if anchored is None else anchored["heads"]
 
     def resume(attempt: int | None) -> SelectionLogWriter:

@@ -5,7 +5,8 @@ number of samples, and where each sample begins. So a sample's id is its running
 them: the same in every epoch, on every rank, and for a replay.
 
 *Order.* Each epoch has all samples once. With `shuffle`, shards come in an order drawn from (seed, epoch), and then each sample moves by
-up to `shuffle_buffer` places, as in WebDataset's buffer, but drawn from (seed, epoch) too. Position p of the epoch belongs to the rank
+up to `shuffle_buffer` places, as in WebDataset's buffer, but drawn from (seed, epoch) too. Batches may then be grouped by length
+(`group_by_length`). Position p of the epoch belongs to the rank
 whose turn it is, and of a rank's batches each worker takes its own in turn; so the global batches do not depend on the number of workers,
 nor, with the same global batch, on the number of ranks. Where the ranks cannot share an epoch equally its first samples come once more at
 its end, at most one a rank.
@@ -37,6 +38,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from udsstream.errors import ConfigError, DataError, ResumeError, ShardError
 from udsstream.mosaicml.dataset import SampleLocation, StreamIdentity, stream_names, with_sample_id
+from udsstream.mosaicml.length_groups import LengthGroups, check_same_grouping, length_groups
 from udsstream.mosaicml.webdataset_index import INDEX, WebIndex, ensure_index, sample_member
 from udsstream.scoring.seeding import draw_without_replacement, raw_bits
 
@@ -165,6 +167,7 @@ class UDSWebDataset(IterableDataset):
         self._resume_at = torch.tensor([-1, 0], dtype=torch.int64).share_memory_()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._files_of = os.getpid()
+        self._groups: LengthGroups | None = None
 
     # What a log asks --------------------------------------------------------------------------------------------------
 
@@ -304,6 +307,22 @@ class UDSWebDataset(IterableDataset):
 
     # Epochs -----------------------------------------------------------------------------------------------------------
 
+    def group_by_length(self, batches: int, lengths: np.ndarray) -> None:
+        """From now on batches have samples of similar length: each `batches` global batches of an epoch are sorted by length together.
+
+        As `UDSStreamingDataset.group_by_length`, in arguments and errors. A collective: every rank must call it.
+        """
+        if self.next_epoch > 0:
+            raise ConfigError(f"epoch {self.next_epoch - 1} has begun; group the data set before it is read from")
+        self._groups = length_groups(batches, lengths, samples=self.size)
+
+    @property
+    def length_grouping(self) -> dict[str, Any] | None:
+        """What decides how epochs are grouped by length, as plain types; None: they are not."""
+        if self._groups is None:
+            return None
+        return self._groups.facts(batch=self.batch_size * self._ranks, seed=self._order_settings["seed"])
+
     def __len__(self) -> int:
         """Samples of an epoch on this rank."""
         return -(-self.size // self._ranks)
@@ -350,6 +369,9 @@ class UDSWebDataset(IterableDataset):
     def _ids_of_rank(self, epoch: int, skipped: int) -> np.ndarray:
         """This rank's ids of an epoch of which `skipped` samples, of all ranks, are done."""
         order = epoch_order(self._shard_samples, epoch=epoch, **self._order_settings)
+        if self._groups is not None:
+            batch, seed = self.batch_size * self._ranks, self._order_settings["seed"]
+            order = self._groups.order(order, batch=batch, seed=seed, epoch=epoch)
         rest = order[min(skipped, len(order)) :]
         short = -len(rest) % self._ranks
         rest = np.concatenate([rest, np.resize(order, short)])
@@ -377,13 +399,14 @@ class UDSWebDataset(IterableDataset):
             "sample_in_epoch": seen,
             **self._order_settings,
             "indexes": [index.sha256 for index in self._indexes],
+            **({} if self._groups is None else {"length_groups": self.length_grouping}),
         }
 
     def load_state_dict(self, obj: Mapping[str, Any]) -> None:
         """The next iterator begins where `state_dict` stood.
 
         Raises:
-            ResumeError: it was of other shards, or shuffled otherwise; the message names what.
+            ResumeError: it was of other shards, or shuffled or grouped otherwise; the message names what.
         """
         ours = self.state_dict(0, True)
         names = ("version", *self._order_settings, "indexes")
@@ -395,6 +418,7 @@ class UDSWebDataset(IterableDataset):
                 + "\n  ".join(changed)
                 + "\ngive the same folders and settings, or start a new run"
             )
+        check_same_grouping(obj.get("length_groups"), self.length_grouping)
         epoch, seen = int(obj["epoch"]), int(obj["sample_in_epoch"])
         self._begun.fill_(epoch)
         self._resume_at[0], self._resume_at[1] = epoch, seen
