@@ -5,13 +5,15 @@ What is not here: any choice about scores or batches (`udsstream/mosaicml`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback, DataSpec, Evaluator, Event, State
@@ -34,7 +36,8 @@ from udsstream.errors import DataError, ModelError
 from udsstream.evals import append_eval, append_resumption
 from udsstream.job_folder import WORK
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
-from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
+from udsstream.mosaicml.dataset import UDSStreamingDataset, stream_identities, verify_shards
+from udsstream.mosaicml.lengths import count_lengths, remembered_lengths
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.mosaicml.rng_state import NeutralEvaluation
@@ -240,15 +243,31 @@ def _train_loader(config: RunConfig, model: HuggingFaceModel, replay: ReplaySele
     )
     if data.verify_data:
         verify_shards(dataset)
+    collator = collator_of(data, config.max_seq_len, model)
+    if data.length_group_batches is not None and replay is None:  # a replay reads what the log names
+        lengths = _lengths(config, dataset, collator)
+        dataset.group_by_length(data.length_group_batches, lengths)
     workers = {
         "num_workers": data.num_workers,
         "timeout": data.timeout if data.num_workers else 0,
-        "collate_fn": collator_of(data, config.max_seq_len, model),
+        "collate_fn": collator,
     }
     loader = (
         replay.dataloader(dataset, **workers) if replay else DataLoader(dataset, batch_size=data.batch_size, **workers)
     )
     return DataSpec(loader, get_num_tokens_in_batch=num_tokens)
+
+
+def _lengths(config: RunConfig, dataset: UDSStreamingDataset, collator: SFTCollator) -> np.ndarray:
+    """The tokens of every row, counted once for a run: the file's name tells other streams and other settings apart."""
+    settings = {field.name: getattr(collator, field.name) for field in fields(collator) if field.name != "tokenizer"}
+    settings["tokenizer"] = [str(collator.tokenizer.name_or_path), len(collator.tokenizer)]
+    settings["streams"] = [stream.index_sha256 for stream in stream_identities(dataset)]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    path = Path(config.save_folder) / f"lengths-{key[:16]}.npy"
+    return remembered_lengths(
+        path, dataset.size, lambda: count_lengths(dataset, collator.length_of, progress_bar=config.progress_bar)
+    )
 
 
 def _evaluator(held_out: EvalConfig, config: RunConfig, model: HuggingFaceModel) -> Evaluator:
