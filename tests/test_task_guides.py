@@ -1,0 +1,182 @@
+"""The quickstart and the guides to selecting, choosing α, resuming and asking why: their commands run and print what is shown."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy_run
+import pytest
+import yaml
+from jobs import udsstream, write_data
+from test_guides import blocks
+
+from udsstream import SelectionLog
+from udsstream.config import PUBLISHED_ALPHA
+from udsstream.demo import main as demo
+from udsstream.log_queries import summary
+from udsstream.run_config import _MAY_CHANGE
+
+DOCS = Path(__file__).parent.parent / "docs"
+SMALLER = [
+    "device=cpu",
+    "progress_bar=false",
+    "max_seq_len=64",
+    "model.lora.r=2",
+    "selection.projection_dims=[8,4]",
+]
+
+
+def commands(page: str) -> list[list[str]]:
+    lines = [line.split("  #")[0] for block in blocks(DOCS / page, "bash") for line in block.splitlines() if line]
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    """Where the guides' commands are given: a model, streams, and mine.yaml of the page, made shorter where it says how long."""
+    root = tmp_path_factory.mktemp("guides")
+    shutil.copytree(model, root / "models" / "small")
+    data = write_data(root / "data")
+    (root / "streams").mkdir()
+    (data / "train" / "animals").rename(root / "streams" / "train")
+    (data / "held_out").rename(root / "streams" / "held_out")
+    (page,) = blocks(DOCS / "selecting.md", "yaml")
+    (root / "mine.yaml").write_text(page)
+    return root
+
+
+@pytest.fixture
+def there(folder, monkeypatch) -> Path:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    return folder
+
+
+def run(monkeypatch, capsys, command: list[str], *more: str) -> str:
+    assert command[0] == "udsstream"
+    code, out, err = udsstream(monkeypatch, capsys, *command[1:], *more)
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.slow
+def test_selecting_then_resuming(there, monkeypatch, capsys):
+    """In the order in which a reader would: the runs, then what asks for them."""
+    settings = yaml.safe_load(Path("mine.yaml").read_text())
+    assert settings["save_folder"] == "runs/mine"
+    selecting = commands("selecting.md")
+    assert [command[1] for command in selecting] == ["train", "train", "train", "log", "report"]
+    first = ["max_duration=4ba", "save_interval=2ba", *SMALLER]
+    for command in selecting[:3]:
+        run(monkeypatch, capsys, command, *first, *(["autoresume=true"] if command == selecting[0] else []))
+    assert "2 of" not in run(monkeypatch, capsys, selecting[3]).split("kept and trained on")[0]
+    assert Path("runs/half/run.json").exists()
+    assert SelectionLog.open("runs/chance").run["selection"]["method"] == "random"
+    run(monkeypatch, capsys, selecting[4])
+    assert Path("runs/mine/report.html").exists()
+
+    again, further, asked = commands("resuming.md")
+    run(monkeypatch, capsys, again, *first)
+    assert SelectionLog.open("runs/mine").steps().tolist() == [0, 1, 2, 3]
+    assert further[-1].startswith("max_duration=")
+    longer = [word for word in further if not word.startswith("max_duration")]
+    run(monkeypatch, capsys, longer, "max_duration=6ba", *first[1:])
+    assert SelectionLog.open("runs/mine").steps().tolist() == [0, 1, 2, 3, 4, 5]
+    assert "Sample 17" in run(monkeypatch, capsys, asked)
+
+
+def test_what_may_change_is_what_the_guide_lists():
+    (listed,) = re.findall(
+        r"^What may be given anew: (.*?)\. A longer", (DOCS / "resuming.md").read_text(), flags=re.MULTILINE
+    )
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(_MAY_CHANGE)
+
+
+@pytest.mark.slow
+def test_resuming_in_a_script_of_ones_own(tmp_path, monkeypatch, capfd):
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(tmp_path / "streams" / "text"), columns={"text": "str"}) as writer:
+        for number in range(200):
+            writer.write({"text": "Ein Satz, noch ein Satz. " * (number % 5 + 1)})
+    monkeypatch.chdir(tmp_path)
+    (readme,) = blocks(DOCS.parent / "README.md", "python")
+    (resuming,) = blocks(DOCS / "resuming.md", "python")
+    for batches in (12, 16):
+        names: dict[str, Any] = {}
+        exec(compile(readme.split("selection = ")[0], "README.md", "exec"), names)
+        exec(compile(resuming.replace("12ba", f"{batches}ba"), "docs/resuming.md", "exec"), names)
+        names["trainer"].close()
+        names["selection"].close()
+        assert f"{batches} steps in the log" in capfd.readouterr().out
+    rows = SelectionLog.open("runs/long/log").table(columns=["attempt", "step"]).to_pylist()
+    assert {row["step"] for row in rows if row["attempt"] == 1} == {12, 13, 14, 15}
+
+
+@pytest.mark.slow
+def test_choosing_alpha(there, monkeypatch, capsys):
+    numpy_run.finished(there / "runs" / "a")
+    asked, suppressed, trial, of_trial = commands("choosing_alpha.md")
+    assert "correlation of" in run(monkeypatch, capsys, asked)
+    assert "would have been kept by intra alone" in run(monkeypatch, capsys, suppressed)
+    run(monkeypatch, capsys, trial, "max_seq_len=64", "selection.projection_dims=[8,4]", "window=8", "device=cpu")
+    assert SelectionLog.open("trial-run").run["resolved_alpha"] == 20
+    assert "would have been kept by intra alone" in run(monkeypatch, capsys, of_trial)
+
+    conversion, recomputed = blocks(DOCS / "choosing_alpha.md", "python")
+    exec(conversion, {})
+    shown = re.findall(r"# \w+\.?\w*: ([\d.]+)$", conversion, flags=re.MULTILINE)
+    assert [f"{float(line):.2f}" for line in capsys.readouterr().out.split()] == shown
+    assert str(PUBLISHED_ALPHA) in conversion.replace("1.5e-3", "0.0015")
+    names: dict[str, Any] = {}
+    exec(recomputed, names)
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"(alpha +[\d.]+: \d+% of what was chosen would be chosen again\n){3}", out)
+    # With the run's own α it is the run's own choice.
+    exec(recomputed.replace("(0.0, 1.0, 10.0)", f"({SelectionLog.open('runs/a').run['resolved_alpha']!r},)"), names)
+    assert ": 100% of" in capsys.readouterr().out
+
+
+EXAMPLES = [
+    pair
+    for block in blocks(DOCS / "why_not_chosen.md", "console")
+    for pair in re.findall(r"^\$ (.*?)\n((?:(?!\$ ).*\n)*)", block, flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
+def test_why_a_sample_was_not_chosen(command, shown, tmp_path):
+    numpy_run.finished(tmp_path / "runs" / "a")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert [line.rstrip() for line in done.stdout.splitlines()] == shown.splitlines(), done.stderr
+
+
+def test_why_a_sample_was_not_chosen_in_python(tmp_path, monkeypatch, capsys):
+    numpy_run.finished(tmp_path / "runs" / "a")
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(DOCS / "why_not_chosen.md", "python")
+    exec(example, {})
+    assert capsys.readouterr().out == "7 1 +0.0278 True True\n11 3 -0.0219 False True\n24 6 -1.9986 False False\n"
+
+
+def test_the_quickstart_has_the_demo_s_steps_and_words():
+    page = (DOCS / "quickstart.md").read_text()
+    steps = re.findall(r'console\.print\(f?"(\d/6) +(.*?)"', Path(demo.__file__).read_text())
+    headings = re.findall(r"^## (\d/6) (.*)$", page, flags=re.MULTILINE)
+    assert [number for number, _ in headings] == [number for number, _ in steps] == [f"{i}/6" for i in range(1, 7)]
+    for (_, heading), (_, printed) in zip(headings, steps, strict=True):
+        pattern = re.sub(r"\\\{.*?\\\}", ".*", re.escape(printed))  # what the demo fills in
+        assert re.fullmatch(pattern, heading), (printed, heading)
+    labels = re.findall(r"^│ (\w.*?) +│", page, flags=re.MULTILINE)
+    printed = re.findall(r'table\.add_row\(\s*"(.*?)"', Path(summary.__file__).read_text())
+    assert labels == printed
