@@ -113,3 +113,53 @@ def relative_error(found, expected) -> float:
     found, expected = f64(found), f64(expected)
     size = float(np.linalg.norm(expected))
     return float(np.linalg.norm(found - expected)) / (size if size > 0 else 1.0)
+
+
+def head_gradients(hidden: Sequence, labels: Sequence, weight, bias=None, *, scale: float = 1.0, softcap=None) -> list:
+    """(V, D) float64 of each sample: the gradient of its mean loss with respect to the head's weight, by autograd on explicit logits."""
+    import torch
+
+    found = []
+    for states, label in zip(hidden, labels, strict=True):
+        w = torch.tensor(f64(weight), requires_grad=True)
+        x = torch.tensor(f64(states)) @ w.T
+        if bias is not None:
+            x = x + torch.tensor(f64(bias))
+        x = scale * x
+        x = x if softcap is None else softcap * torch.tanh(x / softcap)
+        targets = torch.as_tensor(np.asarray(label))
+        torch.nn.functional.cross_entropy(x[:-1], targets[1:], ignore_index=-100).backward()
+        assert w.grad is not None
+        found.append(w.grad.numpy())
+    return found
+
+
+def greats_order(gradients: Sequence, validation, learning_rate: float) -> list[int]:
+    """Greedily the largest η⟨g_i, g_val⟩ − η² ⟨g_i, Σ of the taken g_j⟩, from the gradients themselves."""
+    gradients = [f64(g).ravel() for g in gradients]
+    order: list[int] = []
+    while len(order) < len(gradients):
+        taken = sum((gradients[j] for j in order), np.zeros_like(gradients[0]))
+        direction = learning_rate * f64(validation).ravel() - learning_rate**2 * taken
+        gains = [g @ direction if i not in order else -math.inf for i, g in enumerate(gradients)]
+        order.append(int(np.argmax(gains)))
+    return order
+
+
+def divbs_order(gradients: Sequence) -> list[int]:
+    """Greedily the largest |⟨e, Σ_j g_j⟩| over unit vectors e: what of g_i is orthogonal to those taken (by least squares), normalised."""
+    gradients = [f64(g).ravel() for g in gradients]
+    total, order = sum(gradients), []
+    while len(order) < len(gradients):
+        values = []
+        for i, g in enumerate(gradients):
+            rest = g
+            if order:
+                basis = np.stack([gradients[j] for j in order], axis=1)
+                rest = g - basis @ np.linalg.lstsq(basis, g, rcond=None)[0]
+            length = np.linalg.norm(rest)
+            values.append(
+                -math.inf if i in order else abs(rest @ total) / length if length > 1e-5 * np.linalg.norm(g) else 0.0
+            )
+        order.append(int(np.argmax(values)))
+    return order

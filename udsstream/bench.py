@@ -37,9 +37,10 @@ from torch import Tensor
 
 from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError
-from udsstream.scoring import methods
+from udsstream.scoring.candidates import Candidates
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.scoring.lm_head import LMHead, factor_head
+from udsstream.scoring.methods import uds
 from udsstream.scoring.nuclear_norm import nuclear_norm_svd
 from udsstream.scoring.projection import BilinearProjection
 from udsstream.scoring.scorer import CandidateScorer, CandidateScores
@@ -352,7 +353,13 @@ class _Selection:
     def choose(self, intra: Tensor, embeddings: Tensor) -> list[int]:
         """Distance to the memory, combined score and top-k of all candidates: the kept one's place."""
         inter = self._memory.mean_distance(embeddings)
-        return top_k(methods.uds(intra, inter, self._alpha), 1).tolist()
+        candidates = Candidates(
+            sample_ids=range(len(intra)),
+            tokens=torch.zeros(len(intra), dtype=torch.int64),
+            measured={"intra": intra.cpu(), "inter": inter.cpu()},
+            alpha=self._alpha,
+        )
+        return top_k(uds(candidates), 1).tolist()
 
 
 def _reference(hidden: Sequence[Tensor], head: LMHead, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -446,7 +453,7 @@ class _Case:
     def select(self, clock: _Clock) -> tuple[list[int], Tensor, list[Tensor]]:
         """What selection does with the batch: the kept rows, and intra and hidden states of all."""
         from udsstream.mosaicml.batch import check_candidates, real_tokens, scoring_microbatches
-        from udsstream.mosaicml.selector import forward_cost
+        from udsstream.mosaicml.measuring import forward_cost
         from udsstream.mosaicml.trunk import neutral
 
         hidden: list[Tensor] = [torch.empty(0)] * len(self.batch["sample_id"])

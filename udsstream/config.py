@@ -10,12 +10,26 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from udsstream.errors import ConfigError
 
-Method = Literal["uds", "uds_intra", "uds_inter", "max_loss", "longest", "random"]
+Method = Literal[
+    "uds",
+    "uds_intra",
+    "uds_inter",
+    "max_loss",
+    "max_grad",
+    "selective_backprop",
+    "rho_loss",
+    "greats",
+    "divbs",
+    "longest",
+    "random",
+    "full",
+]
 Scope = Literal["global", "rank"]
 ProjectionScale = Literal["isometric", "reference"]
 LengthNorm = Literal["none", "sqrt", "tokens"]
@@ -24,13 +38,26 @@ EmbeddingRecord = Literal["full", "tail", "none"]
 PUBLISHED_ALPHA = 1.5e-3
 """The weight of `inter` in the authors' run script, in the units of `projection_scale="reference"`."""
 
+MEASURES = ("intra", "inter", "loss", "grad_norm")
+"""What a method of one's own may have measured of each candidate, as the log's columns are named."""
+
 _MEASURES: dict[str, tuple[str, ...]] = {
     "uds": ("intra", "inter"),
     "uds_intra": ("intra", "inter"),
     "uds_inter": ("intra", "inter"),
     "max_loss": ("loss",),
+    "max_grad": ("grad_norm",),
+    "selective_backprop": ("loss",),
+    "rho_loss": ("loss", "reference_loss"),
+    "greats": ("alignment", "interaction"),
+    "divbs": ("interaction",),
 }
 """What a method measures of each candidate by a forward, as the log's columns are named; the others need none."""
+
+_LATER = ("keep_tokens", "measured")
+"""Settings that came after the first logs: left out of their record where they are not used, so that old ones still agree."""
+
+_OWN_METHOD = re.compile(r"[\w.<>]+:[\w.<>]+")
 
 _TIME = re.compile(r"^(\d+)(ba|ep|sp|tok)$|^(0(\.\d+)?|1(\.0+)?)dur$")
 
@@ -52,11 +79,14 @@ class SelectionConfig:
         ConfigError: a value is of the wrong type or out of range; the message lists every mistake, one per line.
     """
 
-    method: Method = "uds"
-    """`uds` (arXiv 2510.16882); its parts alone, `uds_intra` (utility) and `uds_inter` (diversity); and baselines that keep as many:
-    `max_loss` (the highest mean loss per labelled token), `longest` (the most tokens), `random` (a uniform draw without replacement)."""
+    method: Method | Callable[..., Any] = "uds"
+    """`uds` (arXiv 2510.16882), its parts alone, and what else docs/methods.md lists; or a function of one's own from
+    `udsstream.Candidates` to their scores, one each, of which the largest are kept. In a record it is `module:name`."""
     keep: float | int = 0.25
     """A float in (0, 1]: the fraction of the candidate batch that is kept (at least 1, halves rounded up). An int ≥ 1: how many."""
+    keep_tokens: int | None = None
+    """Instead of `keep`: of each global batch the best are kept for as long as their tokens are no more than this (one per rank at
+    least, whatever its length)."""
     alpha: float | None = None
     """Weight of `inter` in `score = intra + α · inter`. None: the published 1.5e-3, converted to the units of `projection_scale`."""
     buffer_size: int = 1024
@@ -84,19 +114,41 @@ class SelectionConfig:
     """Seed of the projection and of `method="random"`."""
     score_microbatch_tokens: int = 16384
     """Upper bound on rows × longest row, in tokens, of one scoring forward (a longer single sample goes alone)."""
+    measured: tuple[str, ...] | None = None
+    """What a method of one's own has measured. Taken from the function (`udsstream.measures`): not to be set."""
 
     def __post_init__(self) -> None:
+        if callable(self.method) and self.measured is None:
+            asked = set(getattr(self.method, "measures", ()))
+            if asked & {"intra", "inter"}:
+                asked |= {"intra", "inter"}  # one forward, one memory
+            known = tuple(name for name in MEASURES if name in asked)
+            object.__setattr__(self, "measured", known + tuple(sorted(asked - set(known))))
         mistakes = list(_mistakes(self))
         if mistakes:
             raise ConfigError(
                 "the selection's settings cannot be used:\n" + "\n".join(f"  {line}" for line in mistakes)
             )
         object.__setattr__(self, "projection_dims", tuple(self.projection_dims))
+        if self.measured is not None:
+            object.__setattr__(self, "measured", tuple(self.measured))
+
+    @property
+    def method_name(self) -> str:
+        """The method as records name it: `module:name` for one of one's own."""
+        if isinstance(self.method, str):
+            return self.method
+        return f"{getattr(self.method, '__module__', '')}:{getattr(self.method, '__qualname__', type(self.method).__qualname__)}"
 
     @property
     def measures(self) -> tuple[str, ...]:
         """What the method measures of each candidate, by the names of the log's columns."""
-        return _MEASURES.get(self.method, ())
+        return self.measured if self.measured is not None else _MEASURES.get(self.method_name, ())
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method compares candidates with each other (greedily), instead of scoring each alone."""
+        return "interaction" in self.measures
 
     @property
     def remembers(self) -> bool:
@@ -117,12 +169,14 @@ class SelectionConfig:
         return convert_alpha(PUBLISHED_ALPHA, vocab_size=vocab_size, max_seq_len=self.max_seq_len)
 
     def kept(self, candidates: int, ranks: int = 1) -> int:
-        """K: how many of `candidates` are kept. A count larger than an incomplete last batch keeps all of it.
+        """K: how many of `candidates` are kept, `keep_tokens` apart. A count larger than an incomplete last batch keeps all of it.
 
         With several ranks it is the next multiple of their number, so that all train on equal shares. That full batches need no rounding
         is checked before training, so it concerns incomplete last batches alone.
         """
-        if isinstance(self.keep, float):
+        if self.method == "full":
+            kept = candidates
+        elif isinstance(self.keep, float):
             kept = min(candidates, max(1, math.floor(self.keep * candidates + 0.5)))
         else:
             kept = min(candidates, self.keep)
@@ -130,7 +184,11 @@ class SelectionConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""
-        return dataclasses.asdict(self) | {"projection_dims": list(self.projection_dims)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings = fields | {"method": self.method_name, "projection_dims": list(self.projection_dims)}
+        if self.measured is not None:
+            settings["measured"] = list(self.measured)
+        return {name: value for name, value in settings.items() if name not in _LATER or value is not None}
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of every setting that can change a decision (so not of `embeddings`)."""
@@ -153,9 +211,25 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _method_mistakes(config: SelectionConfig):
+    method, measured = config.method, config.measured
+    own = callable(method) or (isinstance(method, str) and _OWN_METHOD.fullmatch(method) is not None)
+    if not own and method not in get_args(Method):
+        yield f"method: {method!r} is none of {', '.join(get_args(Method))}, and no function"
+    if not own and measured is not None:
+        yield f"measured: {measured!r} is given, but the method {method!r} knows by itself what it measures; leave it out"
+    if own and measured is not None:
+        names = [measured] if isinstance(measured, str) else list(measured)
+        for name in names:
+            if name not in MEASURES:
+                yield f"method: it asks for {name!r} to be measured, which is none of {', '.join(MEASURES)}"
+    if config.scope == "rank" and config.keep_tokens is not None:
+        yield "keep_tokens: is of the global batch, but with scope='rank' each rank chooses by itself; give keep"
+
+
 def _mistakes(config: SelectionConfig):
+    yield from _method_mistakes(config)
     for name, allowed in (
-        ("method", Method),
         ("scope", Scope),
         ("projection_scale", ProjectionScale),
         ("length_norm", LengthNorm),
@@ -176,6 +250,11 @@ def _mistakes(config: SelectionConfig):
             yield f"{name}: {value!r} is not an integer of at least {least}"
     if config.interrupt == 1:
         yield "interrupt: 1 would train on every batch whole and select nothing; 0 selects always, 2 every other batch"
+    budget = config.keep_tokens
+    if budget is not None and (not _is_int(budget) or budget < 1):
+        yield f"keep_tokens: {budget!r} is not an integer of at least 1"
+    if budget is not None and config.method == "full":
+        yield "keep_tokens: the method 'full' keeps every candidate; leave it out"
     keep = config.keep
     if isinstance(keep, float):
         if not 0 < keep <= 1:

@@ -48,6 +48,7 @@ from udsstream.run_config import (
     RunConfig,
     SchedulerConfig,
     StreamConfig,
+    ValidationConfig,
 )
 from udsstream.run_folder import SUMMARY, claim_folder, write_atomically
 from udsstream.sft import SFTCollator, num_tokens
@@ -61,6 +62,7 @@ __all__ = [
     "join_ranks",
     "streams_of",
     "train",
+    "validation_of",
 ]
 
 _EVAL_METRIC = "LanguageCrossEntropy"
@@ -139,10 +141,13 @@ def build_trainer(
     algorithms: list[Algorithm] = []
     if replay is not None:
         algorithms = [replay]
+        if replay.verify:
+            replay.use(**validation_of(config, model))
     elif config.selection is not None:
+        settings: dict[str, Any] = config.selection | validation_of(config, model)
         algorithms = [
             OnlineBatchSelection(
-                **config.selection,
+                **settings,
                 max_seq_len=config.max_seq_len,
                 log_dir=folder,
                 autoresume=config.autoresume,
@@ -227,6 +232,29 @@ def build_model(config: ModelConfig) -> HuggingFaceModel:
         use_logits=True,
         peft_config=lora,
     )
+
+
+def validation_of(config: RunConfig, model: HuggingFaceModel) -> dict[str, list[dict[str, Any]]]:
+    """The samples that `selection.validation` names, as OnlineBatchSelection takes them; empty where it names none.
+
+    Raises:
+        DataError: the stream has fewer.
+    """
+    settings = (config.selection or {}).get("validation")
+    if settings is None:
+        return {}
+    held_out = ValidationConfig.model_validate(settings)
+    dataset = UDSStreamingDataset(
+        local=held_out.local, remote=held_out.remote, split=held_out.split, batch_size=1, shuffle=False
+    )
+    if dataset.num_samples < held_out.samples:
+        raise DataError(
+            f"selection.validation.samples: {held_out.samples} are asked for, but {held_out.local or held_out.remote} has "
+            f"{dataset.num_samples}"
+        )
+    collate = collator_of(config.data, config.max_seq_len, model)
+    rows = [dataset[number] for number in range(held_out.samples)]
+    return {"validation": [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]}
 
 
 def _train_loader(config: RunConfig, model: HuggingFaceModel, replay: ReplaySelection | None) -> DataSpec:
@@ -376,7 +404,10 @@ def _kept_per_step(config: RunConfig) -> int:
     if config.selection is None:
         return config.data.batch_size
     ranks = dist.get_world_size()
-    return max(1, config.selection_config().kept(config.data.batch_size * ranks, ranks) // ranks)
+    settings = config.selection_config()
+    if settings.keep_tokens is not None:
+        return config.data.batch_size
+    return max(1, settings.kept(config.data.batch_size * ranks, ranks) // ranks)
 
 
 def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | None:

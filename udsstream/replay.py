@@ -139,7 +139,11 @@ def replay(
         steps=steps,
         verify=verify,
         checkpoint=checkpoint,
-        **{key: value for key, value in (config.selection or {}).items() if key in ("trunk", "head", "warm_start")},
+        **{
+            key: value
+            for key, value in (config.selection or {}).items()
+            if key in ("trunk", "head", "warm_start", "reference")
+        },
     )
     request = {
         "run": str(run),

@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "StreamConfig",
+    "ValidationConfig",
     "check_selection",
     "config_changes",
     "load_run_config",
@@ -52,6 +53,10 @@ _MAY_CHANGE = (
 )
 """Keys that a resumed run may be given anew: they change neither what is chosen nor how it is trained on (a longer `max_duration`
 stretches a decaying learning rate from there on; that is what who sets it wants)."""
+
+
+_BESIDE = ("trunk", "head", "warm_start", "reference", "validation", "upload_log")
+"""What `selection` may hold beside SelectionConfig's settings: arguments of OnlineBatchSelection."""
 
 
 class _Section(BaseModel):
@@ -164,22 +169,32 @@ class DataConfig(CandidatesConfig):
     """So many global batches are sorted by length together, for candidates of similar length (docs/length_grouping.md). None: as they come."""
 
 
-class EvalConfig(_Section):
-    """Held-out data: its loss is measured before, during and after training. Nothing is selected from it."""
-
+class _HeldOut(_Section):
     local: str | None = None
     remote: str | None = None
     split: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> _HeldOut:
+        if self.local is None and self.remote is None:
+            raise ValueError("give local, remote or both")
+        return self
+
+
+class EvalConfig(_HeldOut):
+    """Held-out data: its loss is measured before, during and after training. Nothing is selected from it."""
+
     batch_size: PositiveInt = 8
     interval: Timestring = "1ep"
     max_batches: PositiveInt | None = None
     """None: all of it."""
 
-    @model_validator(mode="after")
-    def _has_a_place(self) -> EvalConfig:
-        if self.local is None and self.remote is None:
-            raise ValueError("give local, remote or both")
-        return self
+
+class ValidationConfig(_HeldOut):
+    """What `selection.validation` is for `method: greats`: samples whose loss is to be lowered, the first of an MDS stream. Not those of
+    `eval`, which would then measure what it was chosen by."""
+
+    samples: PositiveInt = 16
 
 
 class OptimizerConfig(_Section):
@@ -215,7 +230,8 @@ class RunConfig(_Section):
     data: DataConfig
     eval: EvalConfig | None = None
     selection: dict[str, Any] | None = {}
-    """Settings of `udsstream.SelectionConfig` but `max_seq_len`. None (null): train on everything, without a log."""
+    """Settings of `udsstream.SelectionConfig` but `max_seq_len`, and of `OnlineBatchSelection`: trunk, head, warm_start, reference,
+    validation (see `ValidationConfig`). None (null): train on everything, without a log."""
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     gradient_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -239,7 +255,17 @@ class RunConfig(_Section):
     @field_validator("selection")
     @classmethod
     def _selection_is_valid(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if value is None else check_selection(value, more=("trunk", "head", "warm_start"))
+        if value is None:
+            return None
+        check_selection(value, more=_BESIDE)
+        if "validation" in value:
+            try:
+                ValidationConfig.model_validate(value["validation"])
+            except ValidationError as error:
+                raise ValueError(
+                    "\n".join(f"validation.{line}" for e in error.errors() for line in _lines(e))
+                ) from None
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -255,7 +281,7 @@ class RunConfig(_Section):
         """
         if self.selection is None:
             raise ConfigError("selection: null, so there are no settings of it")
-        own = {key: value for key, value in self.selection.items() if key not in ("trunk", "head", "warm_start")}
+        own = {key: value for key, value in self.selection.items() if key not in _BESIDE}
         return SelectionConfig(**own, max_seq_len=self.max_seq_len)
 
 

@@ -7,9 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from candidates import candidates
 
 from udsstream.scoring import methods
 from udsstream.scoring.seeding import draw_signs, draw_with_replacement, draw_without_replacement, raw_bits
+
+
+def random_scores(count, **coordinates):
+    return methods.random(candidates(count, **coordinates))
 
 
 def test_golden_bits():
@@ -29,7 +34,7 @@ def test_golden_bits():
 
 
 def test_golden_random_scores():
-    assert methods.random(4, seed=17, epoch=0, batch=3).tolist() == [
+    assert random_scores(4, seed=17, epoch=0, batch=3).tolist() == [
         0.6587494015693665,
         0.8951961994171143,
         0.6572859287261963,
@@ -59,12 +64,12 @@ def test_neither_reads_nor_moves_the_global_generators():
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    before, scores = states(), methods.random(8, seed=1, epoch=0, batch=0)
+    before, scores = states(), random_scores(8, seed=1, epoch=0, batch=0)
     assert states() == before
     random.seed(2)
     np.random.seed(2)
     torch.manual_seed(2)
-    assert torch.equal(methods.random(8, seed=1, epoch=0, batch=0), scores)
+    assert torch.equal(random_scores(8, seed=1, epoch=0, batch=0), scores)
 
 
 def test_without_replacement_is_a_permutation_when_all_are_drawn():
@@ -82,7 +87,7 @@ def test_every_integer_is_drawn_about_as_often(draw):
 
 
 def test_random_scores_are_uniform_and_choose_every_place_about_as_often():
-    scores = torch.cat([methods.random(8, seed=17, epoch=0, batch=batch) for batch in range(2000)])
+    scores = torch.cat([random_scores(8, seed=17, epoch=0, batch=batch) for batch in range(2000)])
     assert scores.dtype == torch.float32
     assert 0 <= scores.min() < 0.001
     assert 0.999 < scores.max() < 1

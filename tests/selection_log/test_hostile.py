@@ -221,7 +221,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "run.json: a pipe": (fifo(lambda r: r / "run.json"), "not a regular file"),
     "run.json: a loop": (loop, "cannot read .*run.json"),
     "run.json: a folder": (directory, "not a regular file"),
-    "run.json: newer": (set_log(schema_version=2), "schema version 2, this udsstream reads up to 1. Upgrade"),
+    "run.json: newer": (set_log(schema_version=3), "schema version 3, this udsstream reads up to 2. Upgrade"),
     "run.json: version a string": (set_log(schema_version="1"), "log.schema_version is '1'"),
     "run.json: version true": (set_log(schema_version=True), "log.schema_version is True"),
     "run.json: another rule": (set_log(digest_rule="none"), "log.digest_rule"),

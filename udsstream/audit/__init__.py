@@ -6,6 +6,7 @@
     rows          the log's rows as numpy columns, by step, and the attempts' views of the run
     settings      run.json against itself
     decisions     steps and positions; score, choice and schedule
+    orders        scores that are places in an order (greedy methods)
     memory        pushes, the memory's digests, and the mean distance to it
     coverage      epochs and places of samples
     data          the streams' indexes and shards (`--data`)

@@ -13,12 +13,32 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from udsstream.audit.orders import check_order
 from udsstream.audit.report import Finding, Ledger
 from udsstream.audit.rows import Decisions, View
 from udsstream.audit.settings import RunFacts
 from udsstream.config import SelectionConfig
 
 __all__ = ["check_choices", "check_positions", "check_schedule", "check_scores", "check_steps"]
+
+_MEASURED = {
+    "intra": 0.0,
+    "inter": 0.0,
+    "loss": 0.0,
+    "grad_norm": 0.0,
+    "reference_loss": 0.0,
+    "alignment": -np.inf,
+}
+"""What a method may have measured of a candidate, and the least that it may be."""
+
+_COLUMN_OF = {
+    "uds_intra": "intra",
+    "uds_inter": "inter",
+    "max_loss": "loss",
+    "max_grad": "grad_norm",
+    "longest": "tokens",
+}
+"""The column that is the score."""
 
 _TIME = re.compile(r"(\d{1,18})(ba|ep|sp|tok)|(\d+(?:\.\d+)?)dur")
 
@@ -194,7 +214,7 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
         ),
     )
     nothing = np.zeros(len(rows), bool)
-    for name in ("intra", "inter", "loss"):
+    for name, least in _MEASURED.items():
         has = rows["has_" + name]
         if name == "loss" and name not in config.measures:
             continue  # may be recorded beside any method
@@ -207,11 +227,13 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
             ),
         )
         with np.errstate(invalid="ignore"):
-            wrong = has & ~(np.isfinite(rows[name]) & (rows[name] >= 0))
+            wrong = has & ~(np.isfinite(rows[name]) & (rows[name] >= least))
         ledger.find_each(
             "score",
             np.flatnonzero(wrong),
-            lambda i, name=name: found(i, f"{name} is {rows[name][i]!s}, expected a finite number of at least 0"),
+            lambda i, name=name, least=least: found(
+                i, f"{name} is {rows[name][i]!s}, expected a finite number" + (" of at least 0" if least == 0 else "")
+            ),
         )
     infinite = scored & ~np.isfinite(rows["score"])
     ledger.find_each(
@@ -219,11 +241,19 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
         np.flatnonzero(infinite),
         lambda i: found(i, f"the score is {rows['score'][i]!s}, expected a finite number"),
     )
-    rule = _score_rule(rows, config.method, facts.alpha)
+    usable_rows = scored & ~infinite
+    if config.compares:
+        check_order(rows, config.method_name, usable_rows, ledger)
+        return
+    rule = _score_rule(rows, config, facts.alpha)
     if rule is None:
+        if config.measured is not None:
+            ledger.skip(
+                f"whether the scores are those of {config.method_name}: it is a function that the log does not hold"
+            )
         return
     value, known, told, name = rule
-    usable = scored & known & ~infinite
+    usable = usable_rows & known
     # Compared as bits, so that −0 is not 0.
     differs = usable & (value.view(np.uint32) != rows["score"].view(np.uint32))
     ledger.find_each(
@@ -235,10 +265,11 @@ def check_scores(rows: Decisions, facts: RunFacts, ledger: Ledger) -> None:
 
 
 def _score_rule(
-    rows: Decisions, method: str, alpha: float | None
+    rows: Decisions, config: SelectionConfig, alpha: float | None
 ) -> tuple[np.ndarray, np.ndarray, Callable[[int], str], str] | None:
     """What the scores must be by what was measured: the values (float32), where they are known, and the rule in words, of a row and in
-    general. None: the score follows from nothing in the row ("random"), or α is not known."""
+    general. None: the score follows from nothing in the row (draws, a method of one's own), or α is not known."""
+    method = config.method
     if method == "uds" and alpha is not None:
         with np.errstate(all="ignore"):
             value = (rows["intra"].astype(np.float64) + alpha * rows["inter"].astype(np.float64)).astype(np.float32)
@@ -248,7 +279,16 @@ def _score_rule(
             lambda i: f"intra {rows['intra'][i]:.9g} + {alpha:.9g} × inter {rows['inter'][i]:.9g}",
             "intra + α·inter",
         )
-    column = {"uds_intra": "intra", "uds_inter": "inter", "max_loss": "loss", "longest": "tokens"}.get(method)
+    if method == "rho_loss":
+        with np.errstate(all="ignore"):
+            value = (rows["loss"].astype(np.float64) - rows["reference_loss"].astype(np.float64)).astype(np.float32)
+        return (
+            value,
+            rows["has_loss"] & rows["has_reference_loss"],
+            lambda i: f"loss {rows['loss'][i]:.9g} − reference_loss {rows['reference_loss'][i]:.9g}",
+            "loss − reference_loss",
+        )
+    column = _COLUMN_OF.get(str(method))
     if column is None:
         return None
     known = np.ones(len(rows), bool) if column == "tokens" else rows["has_" + column]
@@ -276,6 +316,8 @@ def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger, *, e
     place[best] = np.arange(len(rows)) - np.repeat(begins, np.diff(np.append(begins, len(rows))))
     selected = rows["selected"]
     due = k if config.scope == "global" else k // share
+    if config.keep_tokens is not None:
+        due = _within_budget(rows, best, config.keep_tokens, share)
     expected = np.where(judged[group], place < due[group], True)
     skipped = rows.any_in(rows["has_score"]) & ~judged  # partly scored, or not finite: found as such
     wrong = np.flatnonzero(rows.any_in(selected != expected) & ~skipped)
@@ -312,6 +354,18 @@ def check_choices(rows: Decisions, config: SelectionConfig, ledger: Ledger, *, e
         f"top-k: the kept of {int(judged.sum()):,} scored steps against the largest scores, ties to the smaller position; those of "
         f"{int((~judged & ~skipped).sum()):,} others against all candidates"
     )
+
+
+def _within_budget(rows: Decisions, best: np.ndarray, budget: int, share: np.ndarray) -> np.ndarray:
+    """(G,) how many of each step's candidates, by falling score, stay within so many tokens: a multiple of its ranks, and one for each.
+
+    best: (n,) the rows by step and falling score.
+    """
+    group, tokens = rows.group_of, rows["tokens"].astype(np.int64)[best]
+    taken = np.cumsum(tokens)
+    taken -= (taken - tokens)[rows.starts][group]
+    fits = rows.sum_in(taken <= budget)
+    return np.maximum(share, fits // share * share)
 
 
 def _ranks_of_steps(rows: Decisions) -> np.ndarray:
@@ -371,6 +425,8 @@ def check_schedule(rows: Decisions, view: View, facts: RunFacts, ledger: Ledger,
             known &= whole  # samples are counted from the run's beginning
     judged = known & view.fresh
     off = interrupted | (~begun if begun is not None else False) | (ended if ended is not None else False)
+    if config.method == "full":  # keeps all without a score
+        off = np.ones(len(step), bool)
     wrong = judged & scored & off
     if begun is not None and ended is not None:
         wrong |= judged & ~scored & ~off
@@ -401,7 +457,7 @@ def check_schedule(rows: Decisions, view: View, facts: RunFacts, ledger: Ledger,
         )
 
     ledger.find_each("schedule", np.flatnonzero(wrong), describe)
-    if config.method == "random":
+    if config.method in ("random", "selective_backprop"):
         placed = (number > 0) & (since == since[first])
         return _check_draw(rows, view, config, batch_in_epoch, epoch, scored & placed, ledger)
     return 0
@@ -437,27 +493,39 @@ def _check_draw(
     scored: np.ndarray,
     ledger: Ledger,
 ) -> int:
-    """The scores of method "random" are uniform numbers that follow from the seed, the epoch and the batch in it alone.
+    """Draws follow from the seed, the epoch and the batch in it, and for "selective_backprop" from the losses.
 
     Returns:
         How many steps were drawn again.
     """
+    method = config.method_name
     # The draw's stream is named by its purpose, so that no other draw of the run shares it.
-    purpose = np.frombuffer(hashlib.sha256(b"method/random").digest()[:16], "<u4").tolist()
+    purpose = np.frombuffer(hashlib.sha256(f"method/{method}".encode()).digest()[:16], "<u4").tolist()
     bad: list[tuple[int, float]] = []
     drawn = 0
+    ranks = _ranks_of_steps(rows)
     for i in np.flatnonzero(scored & view.fresh).tolist():
-        low = int(rows.starts[view.groups[i]])
-        count = int(rows.counts[view.groups[i]])
+        group = int(view.groups[i])
+        here = slice(int(rows.starts[group]), int(rows.starts[group] + rows.counts[group]))
         if epoch[i] < 0 or batch_in_epoch[i] < 0:
             continue
         seeds = np.random.SeedSequence([config.seed, *purpose, int(epoch[i]), int(batch_in_epoch[i])])
-        words = np.random.PCG64(seeds).random_raw(count)
-        expected = (words >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
-        differs = np.flatnonzero(expected != rows["score"][low : low + count])
+        words = np.random.PCG64(seeds).random_raw(here.stop - here.start)
+        found = rows["score"][here]
+        if method == "random":
+            expected = (words >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+            wrong = expected != found
+        else:
+            expected = _percentile_draw(rows["loss"][here], words, _share(rows, config, group, int(ranks[group])))
+            # Logarithms may differ in their last bit between machines.
+            with np.errstate(invalid="ignore"):
+                wrong = ~(
+                    np.abs(expected.astype(np.float64) - found) <= 4 * np.spacing(np.abs(expected)).astype(np.float64)
+                )
         drawn += 1
-        if len(differs):
-            bad.append((low + int(differs[0]), float(expected[differs[0]])))
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            bad.append((here.start + at, float(expected[at])))
     expected_at = dict(bad)
     ledger.find_each(
         "random",
@@ -473,3 +541,20 @@ def _check_draw(
         ),
     )
     return drawn
+
+
+def _share(rows: Decisions, config: SelectionConfig, group: int, ranks: int) -> float:
+    """The share of a step's candidates, or of their tokens, that is to be kept."""
+    start, count = int(rows.starts[group]), int(rows.counts[group])
+    if config.keep_tokens is not None:
+        return min(1.0, config.keep_tokens / max(1, int(rows["tokens"][start : start + count].astype(np.int64).sum())))
+    return max(1, config.kept(count, ranks)) / count
+
+
+def _percentile_draw(loss: np.ndarray, words: np.ndarray, share: float) -> np.ndarray:
+    """(B,) float32: log of the weight `percentile ** (1/share − 1)`, plus Gumbel noise."""
+    order = np.argsort(loss, kind="stable")
+    weight = np.empty(len(loss))
+    weight[order] = (1 / share - 1) * np.log(np.arange(1, len(loss) + 1) / len(loss))
+    uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
+    return (weight - np.log(-np.log(uniform))).astype(np.float32)

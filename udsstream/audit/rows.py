@@ -16,14 +16,15 @@ import pyarrow as pa
 
 from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.manifest import SegmentLine
-from udsstream.selection_log.schema import PUSHES, SELECTION
+from udsstream.selection_log.schema import MEASURES, PUSHES, SELECTION
 from udsstream.selection_log.sealing import Segment
 from udsstream.selection_log.state import Lineage
 from udsstream.selection_log.wal import WalScan
 
 __all__ = ["Collector", "Decisions", "Pushes", "Source", "View", "ranges", "rows_of", "views"]
 
-_NULLABLE = ("stream", "shard", "shard_index", "loss", "intra", "inter", "score", "train_order")
+_MEASURES = tuple(name for name in MEASURES if name != "interaction")
+_NULLABLE = ("stream", "shard", "shard_index", "loss", "intra", "inter", "score", "train_order", *MEASURES)
 _LEFT_OUT = ("embedding",)
 
 Source = tuple[int, SegmentLine | WalScan]
@@ -80,13 +81,26 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
         array = pa.concat_arrays(table.column(name).chunks or [pa.array([], table.schema.field(name).type)])
         if name in _NULLABLE:
             columns["has_" + name] = array.is_valid().to_numpy(zero_copy_only=False)
+            if name == "interaction":
+                columns[name] = _matrix(array)
+                continue
             array = array.fill_null(0)
         if name == "digest":
             flat = np.frombuffer(array.buffers()[1] or b"", np.uint8)
             columns[name] = flat[32 * array.offset :][: 32 * len(array)].reshape(-1, 32)
         else:
             columns[name] = array.to_numpy(zero_copy_only=False)
+    if "selected" in columns:  # decisions, of a version without these
+        for name in _MEASURES:
+            if name not in columns:
+                columns |= {name: np.zeros(table.num_rows, np.float32), "has_" + name: np.zeros(table.num_rows, bool)}
     return columns
+
+
+def _matrix(array: pa.FixedSizeListArray) -> np.ndarray:
+    """(n, numbers of a row) float32; what lies under a null is of no use."""
+    size = array.type.list_size
+    return array.values.slice(array.offset * size, len(array) * size).to_numpy(zero_copy_only=False).reshape(-1, size)
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

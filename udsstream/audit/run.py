@@ -68,7 +68,7 @@ def audit(
         resumed = len(record.lineages) > 1
         drawn = sum(check_schedule(rows, view, facts, ledger, resumed=resumed) for view in record.views)
         ledger.check("schedule: which steps were scored against start, end and interrupt")
-        if facts.config.method == "random":
+        if facts.config.method in ("random", "selective_backprop"):
             ledger.check(f"random: the scores of {drawn:,} steps against the draw from the seed")
         memory = MemoryCheck(record=record, facts=facts, ledger=ledger)
         memory.match()

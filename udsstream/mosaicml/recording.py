@@ -43,7 +43,13 @@ def record(
     """
     rank = dist.get_global_rank()
     if writer is not None:
-        columns = decision.columns(rank=rank, epoch=epoch, sample_in_epoch=sample_in_epoch, source=source)
+        columns = decision.columns(
+            rank=rank,
+            epoch=epoch,
+            sample_in_epoch=sample_in_epoch,
+            source=source,
+            interactions=writer.interactions,
+        )
         if len(columns["sample_id"]):  # of a last batch a rank may have brought none
             writer.append(step, columns)
     embeddings = selector.remember(decision, decision.kept)

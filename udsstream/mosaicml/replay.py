@@ -16,8 +16,9 @@ same data in the same order, in equal shares.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.batch import real_tokens, sample_ids_of, trim_padding
 from udsstream.mosaicml.checkpoint import read_checkpoint, selection_state
 from udsstream.mosaicml.dataset import stream_identities
+from udsstream.mosaicml.method_inputs import MethodInputs, learning_rate_of
 from udsstream.mosaicml.ranks import kept_batch
 from udsstream.mosaicml.replay_check import Tally, compare
 from udsstream.mosaicml.replay_data import LoggedDecisions, LoggedSamples, LoggedStep, LoggedSteps
@@ -43,6 +45,7 @@ from udsstream.mosaicml.run_description import describe_model, library_versions
 from udsstream.mosaicml.run_log import check_same_projection, check_streams, former_memory
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
 from udsstream.mosaicml.webdataset import UDSWebDataset
+from udsstream.scoring.candidates import Candidates
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["ReplaySelection"]
@@ -66,6 +69,9 @@ class ReplaySelection(Algorithm):
         trunk: to verify, as `OnlineBatchSelection` was given it.
         head: likewise.
         warm_start: likewise.
+        reference: likewise.
+        validation: likewise.
+        method: to verify, the function, where the run's method was one of one's own.
 
     Attributes:
         differences: what is known to be other than in the original, one line each; while it is empty, equal weights are expected.
@@ -89,6 +95,9 @@ class ReplaySelection(Algorithm):
         trunk: str | None = None,
         head: str | None = None,
         warm_start: str | Path | None = None,
+        method: Callable[[Candidates], Any] | None = None,
+        reference: str | Path | Mapping[int, float] | None = None,
+        validation: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         self.log = SelectionLog.open(log_dir)
         self.verify = verify
@@ -108,6 +117,8 @@ class ReplaySelection(Algorithm):
         self._verify_shards = verify_shards
         self._module_names = {"trunk": trunk, "head": head}
         self._warm_start = Path(warm_start) if warm_start is not None else None
+        self._own_method = method
+        self._inputs: dict[str, Any] = {"reference": reference, "validation": validation}
         self._loader: DataLoader | None = None
         self._steps: LoggedSteps | None = None
         self._samples: LoggedSamples | None = None
@@ -128,6 +139,11 @@ class ReplaySelection(Algorithm):
             Event.BATCH_END: self._on_batch_end,
             Event.EPOCH_END: self._restore_rng,
         }
+
+    def use(self, *, validation: Iterable[Mapping[str, Any]] | None = None) -> None:
+        """To verify: the validation batches, where they are made of a tokenizer that comes with the model."""
+        if validation is not None:
+            self._inputs["validation"] = validation
 
     def dataloader(
         self, dataset: StreamingDataset | UDSWebDataset, *, collate_fn: Callable[..., Any], **settings: Any
@@ -321,7 +337,11 @@ class ReplaySelection(Algorithm):
         assert self._selector is not None
         assert self.tally is not None
         decision = self._selector.decide(
-            state.batch, selects=logged.scored, epoch=logged.epoch, batch_in_epoch=logged.batch_in_epoch
+            state.batch,
+            selects=logged.scored,
+            epoch=logged.epoch,
+            batch_in_epoch=logged.batch_in_epoch,
+            learning_rate=learning_rate_of(state),
         )
         if not logged.scored:
             self.tally.unscored += 1
@@ -398,7 +418,11 @@ class ReplaySelection(Algorithm):
         """A selector with the settings and the memory that the run had before the first step of this replay."""
         run = self.log.run
         config = SelectionConfig(**run["selection"])
-        selector = CandidateSelector.of_trainer(config, state, **self._module_names)
+        if self._own_method is not None:
+            config = dataclasses.replace(config, method=self._own_method, measured=None)
+        inputs = MethodInputs.of(config, **self._inputs)
+        inputs.check_resumed(run)
+        selector = CandidateSelector.of_trainer(config, state, inputs=inputs, **self._module_names)
         if self._memory is not None:
             selector.restore_memory(self._memory)
         elif self.offset > 0:

@@ -35,12 +35,14 @@ def describe_run(
     world_size: int,
     train_seed: int | None,
     warm_start: dict[str, Any] | None,
+    inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The description of a run that starts now, ready for JSON.
 
     Args:
         loader: `batch_size` (candidates per step and rank), `batches_per_epoch`, `max_duration`, how Streaming cuts an epoch
             (`canonical_nodes`), and how epochs are grouped by length (`length_groups`); None where it is not known, or not done.
+        inputs: what the method was given beside the candidates (`method_inputs.py`).
     """
     return {
         "run_id": uuid.uuid4().hex,
@@ -54,6 +56,7 @@ def describe_run(
         **describe_model(model),
         "seeds": {"selection": config.seed, "training": train_seed},
         "warm_start": warm_start,
+        **inputs,
         "world_size": world_size,
         "git_revision": _git_revision(),
         "versions": library_versions(),

@@ -22,6 +22,7 @@ from udsstream.mosaicml.length_groups import check_same_grouping
 from udsstream.mosaicml.ranks import from_rank_zero
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.selection_log.reader import Memory, SelectionLog
+from udsstream.selection_log.schema import MEASURES
 from udsstream.selection_log.writer import SelectionLogWriter
 
 __all__ = ["anchor", "begin_log", "check_streams", "former_memory", "reopen_log"]
@@ -41,7 +42,22 @@ def begin_log(log_dir: Path, description: Mapping[str, Any], config: SelectionCo
         embeddings=config.embeddings,
         embedding_dim=config.embedding_dim,
         buffer_capacity=config.buffer_size,
+        measures=[name for name in MEASURES if name in config.measures],
+        interactions=_interactions(description, config),
     )
+
+
+def _interactions(description: Mapping[str, Any], config: SelectionConfig) -> int | None:
+    """The most candidates that a rank has, where the log holds what they are to each other."""
+    if not config.compares:
+        return None
+    batch_size = description["loader"]["batch_size"]
+    if batch_size is None:
+        raise ConfigError(
+            f"method={config.method_name!r} logs each candidate's products with the others of its batch, so it must know how many there "
+            "are: let the data loader have a batch_size (not a batch sampler of its own)"
+        )
+    return batch_size
 
 
 def reopen_log(

@@ -302,6 +302,7 @@ class ScoringPass:
             world_size=ranks,
             train_seed=None,
             warm_start=None,
+            inputs={},
         )
         return description | {"job": dict(facts)}
 
@@ -403,6 +404,10 @@ def _check(config: SelectionConfig, dataset: StreamingDataset, window: int) -> N
             mistakes.append(f"{name}: every window is chosen from; leave it out")
     if config.scope != "global":
         mistakes.append("scope: the best of a whole window are kept, whatever the number of ranks; leave it out")
+    if config.keep_tokens is not None:
+        mistakes.append("keep_tokens: a pass keeps a share or a number of each window; give keep")
+    if config.method in ("full", "rho_loss", "greats"):
+        mistakes.append(f"method: {config.method!r} is for training; score by another one")
     if config.embeddings == "none":
         mistakes.append("embeddings: 'none' leaves nothing to resume from; use 'tail' or 'full'")
     if isinstance(config.keep, int) and config.keep > window:

@@ -5,7 +5,8 @@ nothing, neither the model nor the memory: what was trained on enters the memory
 
 With several ranks each scores its own candidates, and all come to the same decision over the global batch (`ranks.py`).
 
-Per step the host waits for the device once, when all that was scored comes to it (`ranks.fetch`).
+Per step the host waits for the device once, when all that was scored comes to it (`ranks.fetch`); methods that compare the candidates with
+each other wait once more, with several ranks.
 
     B candidates of all ranks, B_r of this one, K kept, d components of an embedding
 """
@@ -13,38 +14,40 @@ Per step the host waits for the device once, when all that was scored comes to i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Precision, State, get_precision_context
+from composer.core import Precision, State
 from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from udsstream.config import MEASURES as MEASURED
 from udsstream.config import SelectionConfig
-from udsstream.errors import DataError
-from udsstream.mosaicml.batch import check_candidates, real_tokens, sample_ids_of, scoring_microbatches
+from udsstream.errors import ConfigError, DataError
+from udsstream.mosaicml.batch import check_candidates, real_tokens, sample_ids_of
 from udsstream.mosaicml.decision import Decision
+from udsstream.mosaicml.measuring import CandidateMeasurer
+from udsstream.mosaicml.method_inputs import MethodInputs
 from udsstream.mosaicml.ranks import (
-    CanonicalOrder,
     GatheredCandidates,
-    from_rank_zero,
+    fetch,
     gather_candidates,
     greatest_over_ranks,
 )
-from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutral
-from udsstream.scoring import methods
+from udsstream.mosaicml.trunk import ModelParts
+from udsstream.scoring.candidates import Candidates, checked_scores
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
-from udsstream.scoring.lm_head import LMHead
-from udsstream.scoring.losses import IGNORED_LABEL, mean_losses, mean_losses_from_logits
+from udsstream.scoring.losses import IGNORED_LABEL
+from udsstream.scoring.methods import METHODS
 from udsstream.scoring.projection import BilinearProjection
 from udsstream.scoring.scorer import CandidateScorer
-from udsstream.scoring.select import check_finite, top_k
+from udsstream.scoring.select import check_finite, top_k, within_budget
 
-__all__ = ["CandidateSelector", "forward_cost", "unwrapped"]
+__all__ = ["CandidateSelector", "unwrapped"]
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +55,6 @@ log = logging.getLogger(__name__)
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself: calling DistributedDataParallel's wrapper for scoring would start collectives that training does not expect."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def forward_cost(device: torch.device) -> int | None:
-    """What a forward costs beside its tokens, in tokens; see `scoring_microbatches`.
-
-    On 2 CPU cores a forward of SmolLM2 takes about as much longer than its tokens as 45 tokens take. Nothing was measured elsewhere; where
-    launching kernels is what a small forward waits for, few forwards are right.
-    """
-    return 48 if device.type == "cpu" else None
 
 
 class CandidateSelector:
@@ -72,6 +66,7 @@ class CandidateSelector:
         device: that batches are scored on.
         precision, precision_config: of the scoring forward; Composer's terms, as training's.
         trunk, head: dotted names of modules, see `OnlineBatchSelection`.
+        inputs: what the method needs beside the candidates. None: nothing.
 
     Attributes:
         buffer: the memory, empty at first.
@@ -81,6 +76,7 @@ class CandidateSelector:
 
     Raises:
         ModelError: the model has no trunk and head that can be told apart.
+        ConfigError: the method needs what was not given, or cannot choose over several ranks or sharded parameters.
     """
 
     def __init__(
@@ -93,12 +89,19 @@ class CandidateSelector:
         precision_config: dict[str, Any] | None = None,
         trunk: str | None = None,
         head: str | None = None,
+        inputs: MethodInputs | None = None,
     ) -> None:
+        inputs = inputs or MethodInputs.of(config, reference=None, validation=None)
+        if config.compares and config.scope == "global" and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"method={config.method_name!r} compares candidates' gradients with each other, which ranks do not exchange (each is as "
+                "large as the head); set scope='rank', so that each rank chooses among its own"
+            )
         self.config = config
-        self._to_device = device
-        self._precision = (precision, precision_config)
-        self._parts = ModelParts(model, trunk=trunk, head=head)
-        self.vocab_size = self._parts.vocab_size
+        self._reference = inputs.reference
+        self._method = config.method if callable(config.method) else METHODS[config.method]
+        parts = ModelParts(model, trunk=trunk, head=head)
+        self.vocab_size = parts.vocab_size
         self.alpha = config.resolved_alpha(self.vocab_size)
         self.projection = BilinearProjection.draw(
             vocab_size=self.vocab_size,
@@ -107,28 +110,29 @@ class CandidateSelector:
             scale=config.projection_scale,
             seed=config.seed,
         )
-        self._scorer = CandidateScorer(self.projection, length_norm=config.length_norm)
-        self._form: ScoringForm | None = None
+        self._measurer = CandidateMeasurer(
+            config,
+            parts,
+            CandidateScorer(self.projection, length_norm=config.length_norm),
+            device=device,
+            precision=precision,
+            precision_config=precision_config,
+            validation=inputs.validation,
+        )
         self._capacity: int | None = None
-        self._scored_steps = 0
-        self._last_version: Hashable = None
-        self._changes = 0
         self._device = next(model.parameters()).device
         self.buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=self._device)
 
     @classmethod
-    def of_trainer(
-        cls, config: SelectionConfig, state: State, *, trunk: str | None, head: str | None
-    ) -> CandidateSelector:
-        """For the model that a Trainer trains, on its device and in its precision."""
+    def of_trainer(cls, config: SelectionConfig, state: State, **named: Any) -> CandidateSelector:
+        """For the model that a Trainer trains, on its device and in its precision; `named` are the other arguments."""
         return cls(
             config,
             unwrapped(state.model),
             device=state.device,
             precision=state.precision,
             precision_config=state.precision_config,
-            trunk=trunk,
-            head=head,
+            **named,
         )
 
     # The memory -------------------------------------------------------------------------------------------------------
@@ -157,42 +161,70 @@ class CandidateSelector:
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def decide(self, batch: Mapping[str, Any], *, selects: bool, epoch: int, batch_in_epoch: int) -> Decision:
+    def decide(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        selects: bool,
+        epoch: int,
+        batch_in_epoch: int,
+        learning_rate: float | None = None,
+    ) -> Decision:
         """Which of the candidates of all ranks' batches are kept, and why. Changes nothing. Every rank must call it.
 
         Args:
             batch: this rank's candidates, on the host, as its data loader yields them.
             selects: whether selection is on at this step; all candidates are kept where it is not.
-            epoch, batch_in_epoch: coordinates of `method="random"`'s draw.
+            epoch, batch_in_epoch: coordinates of the draw of a method that draws.
+            learning_rate: of this step, for `method="greats"`.
 
         Raises:
             DataError: the batch cannot be scored or trained on.
             ScoreError: a score is not a finite number.
         """
+        config = self.config
         ids = sample_ids_of(batch)
         mask = real_tokens(batch)
-        lengths = check_candidates(batch, mask, ids, self.config.max_seq_len)
-        if "loss" in self.config.measures:
-            self._check_labels(batch, mask, ids)
+        lengths = check_candidates(batch, mask, ids, config.max_seq_len)
         measured: dict[str, Tensor] = {}
-        embeddings = None
-        if selects and self.config.measures:
-            measured, embeddings = self._measure(batch, mask, lengths)
+        embeddings = interaction = None
+        coordinates = {"alpha": self.alpha, "seed": config.seed, "epoch": epoch, "batch": batch_in_epoch}
+        if selects and config.measures:
+            if self._needs_labels:
+                self._check_labels(batch, mask, ids)
+            measured, embeddings, interaction = self._measure(batch, mask, lengths, ids, learning_rate)
+            if interaction is not None:
+                # What a candidate is worth beside the others of its rank is known here alone; its place in their order is for all.
+                own = {"interaction": interaction} | {name: fetch(values) for name, values in measured.items()}
+                tokens = torch.tensor(lengths)
+                ranked = self._method(Candidates(sample_ids=ids, tokens=tokens, measured=own, **coordinates))
+                measured["score"] = ranked.to(self._device)
         if self._capacity is None:
             [self._capacity] = greatest_over_ranks([len(ids)])
         known = gather_candidates(ids, lengths, measured, embeddings, capacity=self._capacity, device=self._device)
         everyone = {"order": known.order, "sample_ids": known.sample_ids, "lengths": known.lengths}
-        if not selects:
+        if not selects or config.method == "full":
             return Decision(**everyone, kept=list(range(len(known.order))))
-        scores = self._scores(known, epoch=epoch, batch_in_epoch=batch_in_epoch)
+        scores = known.measured.pop("score", None)
+        for values in known.measured.values():
+            check_finite(values, known.sample_ids)
+        if scores is None:
+            candidates = Candidates(
+                sample_ids=known.sample_ids,
+                tokens=torch.tensor(known.lengths),
+                measured=known.measured,
+                embeddings=known.embeddings,
+                share=self._share(known),
+                **coordinates,
+            )
+            scores = checked_scores(self._method(candidates), len(known.order), config.method_name)
         check_finite(scores, known.sample_ids)
         return Decision(
             **everyone,
-            kept=self._choose(scores, known.order),
+            kept=self._choose(scores, known),
             scores=scores,
-            intra=known.measured.get("intra"),
-            inter=known.measured.get("inter"),
-            loss=known.measured.get("loss"),
+            measured=known.measured,
+            interaction=interaction,
             embeddings=known.embeddings,
         )
 
@@ -208,9 +240,11 @@ class CandidateSelector:
         self.buffer.push(rows)
         return rows
 
-    def _choose(self, scores: Tensor, order: CanonicalOrder) -> list[int]:
+    def _choose(self, scores: Tensor, known: GatheredCandidates) -> list[int]:
         """Canonical places of the kept candidates, ascending."""
-        ranks = dist.get_world_size()
+        ranks, order = dist.get_world_size(), known.order
+        if self.config.keep_tokens is not None:
+            return within_budget(scores, known.lengths, self.config.keep_tokens, multiple_of=ranks).tolist()
         kept = self.config.kept(len(order), ranks)
         if self.config.scope == "global" or ranks == 1:
             return top_k(scores, kept).tolist()
@@ -220,13 +254,23 @@ class CandidateSelector:
             chosen += own[top_k(scores[torch.from_numpy(own)], kept // ranks).numpy()].tolist()
         return sorted(chosen)
 
+    def _share(self, known: GatheredCandidates) -> float:
+        """The share of the candidates that is kept, or of their tokens."""
+        if self.config.keep_tokens is not None:
+            return min(1.0, self.config.keep_tokens / sum(known.lengths))
+        return self.config.kept(len(known.order), dist.get_world_size()) / len(known.order)
+
+    @property
+    def _needs_labels(self) -> bool:
+        return not {"loss", "grad_norm", "alignment", "interaction"}.isdisjoint(self.config.measures)
+
     def _check_labels(self, batch: Mapping[str, Any], mask: Tensor, ids: Sequence[int]) -> None:
         """Raises DataError when there is a candidate whose loss cannot be asked for."""
         labels = batch.get("labels")
         if not (isinstance(labels, Tensor) and labels.shape == mask.shape):
             found = tuple(labels.shape) if isinstance(labels, Tensor) else ", ".join(map(str, batch))
             raise DataError(
-                f"method={self.config.method!r} needs 'labels' of shape {tuple(mask.shape)} in the batch (found: {found}); let the "
+                f"method={self.config.method_name!r} needs 'labels' of shape {tuple(mask.shape)} in the batch (found: {found}); let the "
                 f"collator give one for each token, {IGNORED_LABEL} where no loss is computed"
             )
         asked = (mask[:, :-1] & mask[:, 1:] & (labels[:, 1:] != IGNORED_LABEL)).any(dim=1)
@@ -234,123 +278,44 @@ class CandidateSelector:
             row = int((~asked).nonzero()[0])
             raise DataError(
                 f"of sample {ids[row]} (row {row} of the batch) no token but the first has a label, and nothing comes before that one to "
-                f"predict it from, so method={self.config.method!r} finds no loss; leave it out of the stream"
+                f"predict it from, so method={self.config.method_name!r} finds no loss; leave it out of the stream"
             )
 
-    def _scores(self, known: GatheredCandidates, *, epoch: int, batch_in_epoch: int) -> Tensor:
-        """(B,) float32 on the host: what the method makes of what was measured."""
-        measured = known.measured
-        match self.config.method:
-            case "uds":
-                return methods.uds(measured["intra"], measured["inter"], self.alpha)
-            case "uds_intra":
-                return methods.uds_intra(measured["intra"], measured["inter"])
-            case "uds_inter":
-                return methods.uds_inter(measured["intra"], measured["inter"])
-            case "max_loss":
-                return methods.by_loss(measured["loss"])
-            case "longest":
-                return methods.by_length(known.lengths)
-            case "random":
-                return methods.random(len(known.order), seed=self.config.seed, epoch=epoch, batch=batch_in_epoch)
-
     def _measure(
-        self, batch: Mapping[str, Any], mask: Tensor, lengths: list[int]
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the method measures of this rank's candidates, (B_r,) each on the device, and their embeddings (B_r, d) if it has any."""
-        if not self.config.remembers:
-            return {"loss": self._per_candidate(batch, mask, lengths, self._losses, width=0)}, None
-        numbers = self._per_candidate(batch, mask, lengths, self._uds, width=1 + self.config.embedding_dim)
-        embeddings = numbers[:, 1:]
-        return {"intra": numbers[:, 0], "inter": self.buffer.mean_distance(embeddings)}, embeddings
-
-    def _uds(self, matrices: list[Tensor], labels: list[Tensor], head: LMHead | None, version: Hashable) -> Tensor:
-        """(b, 1 + d): intra and embedding."""
-        del labels
-        if head is None:
-            found = self._scorer.score_logits(matrices)
-        else:
-            found = self._scorer.score_hidden(matrices, head, version=version)
-        return torch.cat([found.intra[:, None], found.embeddings], dim=1)
-
-    def _losses(self, matrices: list[Tensor], labels: list[Tensor], head: LMHead | None, version: Hashable) -> Tensor:
-        """(b,): the mean loss."""
-        del version
-        return mean_losses_from_logits(matrices, labels) if head is None else mean_losses(matrices, labels, head)
-
-    def _per_candidate(
         self,
         batch: Mapping[str, Any],
         mask: Tensor,
         lengths: list[int],
-        measure: Callable[[list[Tensor], list[Tensor], LMHead | None, Hashable], Tensor],
-        *,
-        width: int,
-    ) -> Tensor:
-        """Runs the trunk over this rank's candidates and puts what `measure` says of each into their order.
+        ids: list[int],
+        learning_rate: float | None,
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """What the method measures of this rank's candidates.
 
-        Args:
-            measure: hidden states (N, D) or logits (N, V) of some candidates, their labels (N,) on the host, the head (None: logits) and
-                what its factors are kept by → (b, width), or (b,) for width 0.
+        Returns:
+            (B_r,) each by its name, on the device; embeddings (B_r, d) if it has any; the interaction (B_r, B_r) on the host if it has one.
         """
-        parts = self._parts
-        found: list[Tensor] = [torch.empty(0)] * len(lengths)
-        runs = list(
-            scoring_microbatches(
-                batch,
-                mask,
-                lengths,
-                self.config.score_microbatch_tokens,
-                forward_cost=None if parts.is_sharded else forward_cost(self._device),
-            )
+        measures = self.config.measures
+        values = self._measurer.each(batch, mask, lengths)
+        embeddings = values.pop("embeddings", None)
+        if embeddings is not None:
+            values["inter"] = self.buffer.mean_distance(embeddings)
+        if "reference_loss" in measures:
+            assert self._reference is not None
+            values["reference_loss"] = self._reference.of(ids).to(self._device)
+        interaction = None
+        if self.config.compares:
+            products = self._measurer.products(batch, mask, lengths)
+            interaction = fetch(products.between)
+            if products.with_reference is not None:
+                if learning_rate is None:
+                    raise ConfigError(
+                        f"method={self.config.method_name!r} weighs by the learning rate of the step, so it cannot choose without training"
+                    )
+                values["alignment"] = products.with_reference
+                interaction = interaction * learning_rate
+        # In the order that all ranks have.
+        return (
+            {name: values[name] for name in (*MEASURED, "reference_loss", "alignment") if name in values},
+            embeddings,
+            interaction,
         )
-        with neutral(parts.model), get_precision_context(*self._precision):
-            if self._form is None:
-                # Each rank has looked at another candidate, but all must score alike. (Of a batch smaller than the number of ranks the
-                # last ones have none.)
-                form = choose_form(parts, self._to_device.batch_to_device(runs[0][1])) if runs else None
-                self._form = from_rank_zero(form)
-                assert self._form is not None, "rank 0 has the first candidate of every batch"
-                log.info("Candidates are scored as %s.", self._form)
-            head, version = self._head_of_step(self._form, lengths)
-            if parts.is_sharded:
-                # Each forward gathers the weights from all ranks, so all must make as many: the last one again, to no effect. And what was
-                # kept of the head is made anew on all ranks or on none.
-                [most, changed] = greatest_over_ranks([len(runs), version != self._last_version])
-                runs += runs[-1:] * (most - len(runs))
-                self._last_version = version
-                self._changes += changed
-                version = ("changes", self._changes)
-            for rows, packed in runs:
-                matrices = self._matrices(self._to_device.batch_to_device(packed), self._form)
-                unpadded = [matrices[place, : lengths[row]] for place, row in enumerate(rows)]
-                labels = [
-                    packed["labels"][place, : lengths[row]] for place, row in enumerate(rows) if "labels" in packed
-                ]
-                # The scores' own arithmetic is not to be autocast: float32 throughout.
-                with torch.autocast(device_type=matrices.device.type, enabled=False):
-                    part = measure(unpadded, labels, head, version)
-                for place, row in enumerate(rows):
-                    found[row] = part[place]
-        if not lengths:
-            return torch.empty((0, width) if width else (0,), device=self._device)
-        return torch.stack(found)
-
-    def _head_of_step(self, form: ScoringForm, lengths: list[int]) -> tuple[LMHead | None, Hashable]:
-        """The head as it is at this step, and what its factors are kept by; None where logits are scored."""
-        if form.form == "logits":
-            return None, None
-        head, version = self._parts.head(form), self._parts.head_version()
-        self._scored_steps += 1
-        if version is None and not self._scorer.takes_slices(head, lengths):
-            # It trains, but not within a step: its factors serve all of the step's forwards.
-            version = ("step", self._scored_steps)
-        return head, version
-
-    def _matrices(self, packed: Mapping[str, Any], form: ScoringForm) -> Tensor:
-        """Hidden states (b, N, D), or logits (b, N, V) where nothing else will do."""
-        if form.form != "logits":
-            return self._parts.hidden_states(packed)
-        logits = self._parts.hidden_states_and_logits(packed)[1]
-        assert logits is not None, "choose_form takes the logits form only for a model that shows its logits"
-        return logits

@@ -19,7 +19,7 @@ from torch import Tensor
 from udsstream.scoring.lm_head import LMHead
 from udsstream.scoring.nuclear_norm import exact_float32
 
-__all__ = ["IGNORED_LABEL", "mean_losses", "mean_losses_from_logits"]
+__all__ = ["IGNORED_LABEL", "labelled_positions", "log_sums", "mean_losses", "mean_losses_from_logits"]
 
 IGNORED_LABEL = -100
 """The label that no loss is computed for (`torch.nn.CrossEntropyLoss`)."""
@@ -33,18 +33,18 @@ def mean_losses(hidden: Sequence[Tensor], labels: Sequence[Tensor], head: LMHead
     every rank of its group must call it as often.
     """
     with exact_float32():
-        rows, targets, counts = _asked(hidden, labels)
-        return _mean(_losses(head.sliced_logits(rows), targets), counts)
+        rows, targets, counts = labelled_positions(hidden, labels)
+        return _mean(log_sums(head.sliced_logits(rows), targets), counts)
 
 
 @torch.no_grad()
 def mean_losses_from_logits(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """The same from the model's own logits, one (N_i, V) each."""
-    rows, targets, counts = _asked(logits, labels)
-    return _mean(_losses([(0, rows.float())], targets), counts)
+    rows, targets, counts = labelled_positions(logits, labels)
+    return _mean(log_sums([(0, rows.float())], targets), counts)
 
 
-def _asked(matrices: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+def labelled_positions(matrices: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
     """The rows (n, any) of all candidates whose next token has a label, these labels (n,), and how many are whose."""
     rows, targets = [], []
     for matrix, label in zip(matrices, labels, strict=True):
@@ -54,8 +54,8 @@ def _asked(matrices: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor
     return torch.cat(rows), torch.cat(targets).to(matrices[0].device), [len(target) for target in targets]
 
 
-def _losses(slices: Iterable[tuple[int, Tensor]], targets: Tensor) -> Tensor:
-    """(first vocabulary row, logits (n, slice)) pairs and targets (n,) → (n,) float32: logsumexp − the target's logit."""
+def log_sums(slices: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(first vocabulary row, logits (n, slice)) pairs and targets (n,) → (n,) float32 each: logsumexp, the target's logit."""
     most = torch.full(targets.shape, float("-inf"), device=targets.device)
     total, own = torch.zeros_like(most), torch.zeros_like(most)
     for start, part in slices:
@@ -65,8 +65,9 @@ def _losses(slices: Iterable[tuple[int, Tensor]], targets: Tensor) -> Tensor:
         here = (targets >= start) & (targets < start + part.shape[1])
         found = part.gather(1, (targets - start).clamp(0, part.shape[1] - 1)[:, None])[:, 0]
         own = torch.where(here, found, own)
-    return most + total.log() - own
+    return most + total.log(), own
 
 
-def _mean(losses: Tensor, counts: list[int]) -> Tensor:
-    return torch.stack([part.mean() for part in losses.split(counts)])
+def _mean(sums_and_own: tuple[Tensor, Tensor], counts: list[int]) -> Tensor:
+    log_sum, own = sums_and_own
+    return torch.stack([part.mean() for part in (log_sum - own).split(counts)])

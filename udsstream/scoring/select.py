@@ -12,7 +12,7 @@ from torch import Tensor
 
 from udsstream.errors import ScoreError
 
-__all__ = ["check_finite", "top_k"]
+__all__ = ["check_finite", "top_k", "within_budget"]
 
 
 def check_finite(scores: Tensor, sample_ids: Sequence[int]) -> None:
@@ -31,3 +31,15 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """scores (B,), 1 ≤ k ≤ B → (k,) int64: places of the k largest, ascending. Of equal scores the smaller place is kept."""
     best = torch.sort(scores, descending=True, stable=True).indices[:k]
     return best.sort().values
+
+
+def within_budget(scores: Tensor, tokens: Sequence[int], budget: int, *, multiple_of: int = 1) -> Tensor:
+    """scores (B,) → places, ascending, of the largest ones for as long as their tokens sum to at most `budget`; int64.
+
+    None is skipped for a shorter one with a smaller score. Their number is a multiple of `multiple_of`, and at least that: so many are kept
+    even if they are longer than the budget.
+    """
+    best = torch.sort(scores, descending=True, stable=True).indices
+    taken = torch.tensor(list(tokens), dtype=torch.int64)[best].cumsum(0)
+    fits = int((taken <= budget).sum())
+    return best[: max(multiple_of, fits // multiple_of * multiple_of)].sort().values

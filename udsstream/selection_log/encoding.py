@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from udsstream.errors import ConfigError
 from udsstream.selection_log.digest import content_digest, schema_digest
-from udsstream.selection_log.schema import SCHEMA_VERSION
 
 __all__ = ["EOS", "LINK_KEY", "Column", "Layout", "TableCodec", "ones", "row_bytes", "schema_message"]
 
@@ -131,13 +130,12 @@ def ones(rows: int) -> bytes:
 class TableCodec:
     """Encodes and digests batches of one table. Holds the schema and a small cache; owns no file."""
 
-    def __init__(self, table: str, schema: pa.Schema) -> None:
+    def __init__(self, table: str, schema: pa.Schema, version: int = 1) -> None:
         self.table = table
+        self.version = version
         self.schema = schema
         self.columns = tuple(Column.of(field) for field in schema)
-        self.schema_digest = schema_digest(
-            table, SCHEMA_VERSION, [(c.name, c.type_text, c.nullable) for c in self.columns]
-        )
+        self.schema_digest = schema_digest(table, version, [(c.name, c.type_text, c.nullable) for c in self.columns])
         # Which buffer of a record batch holds the steps: none of the columns before it is a list.
         self.step_buffer = 2 * schema.get_field_index("step") + 1
         self._names = {c.name for c in self.columns}

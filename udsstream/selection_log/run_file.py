@@ -18,13 +18,14 @@ from udsstream.selection_log.digest import DIGEST_RULE
 from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.files import read_small
 from udsstream.selection_log.schema import (
-    DECISION_SCHEMA,
+    MEASURES,
     MODES,
     PUSHES,
     SCHEMA_VERSION,
     SELECTION,
     EmbeddingDtype,
     EmbeddingMode,
+    decision_schema,
     push_schema,
 )
 
@@ -43,6 +44,13 @@ class LogSettings:
     embedding_dtype: EmbeddingDtype
     buffer_capacity: int | None  # embeddings that the memory holds; None when the writer was not told
     world_size: int  # of the first attempt
+    measures: tuple[str, ...] = ()  # columns of version 2 that the decisions have
+    interactions: int | None = None  # numbers of the column `interaction`
+
+    @property
+    def version(self) -> int:
+        """The schema version: 2 when a column of it is needed."""
+        return 2 if self.measures else 1
 
     def __post_init__(self) -> None:
         if self.embeddings not in MODES:
@@ -57,11 +65,24 @@ class LogSettings:
             value = getattr(self, name)
             if value is not None and not _is_count(value, _DIM_LIMIT if name == "embedding_dim" else 1 << 40):
                 raise ConfigError(f"{name}={value!r}, expected a positive whole number")
+        if not isinstance(self.measures, (tuple, list)) or list(self.measures) != [
+            name for name in MEASURES if name in self.measures
+        ]:
+            raise ConfigError(
+                f"measures={self.measures!r}, expected some of {', '.join(MEASURES)}, in this order, each once"
+            )
+        if ("interaction" in self.measures) != (self.interactions is not None) or (
+            self.interactions is not None and not _is_count(self.interactions, _DIM_LIMIT)
+        ):
+            raise ConfigError(
+                f"interactions={self.interactions!r}, expected a positive whole number with the measure 'interaction', and null without"
+            )
+        object.__setattr__(self, "measures", tuple(self.measures))
 
     def codec(self, table: str) -> TableCodec:
         if table == SELECTION:
-            return TableCodec(SELECTION, DECISION_SCHEMA)
-        return TableCodec(PUSHES, push_schema(self.embeddings, self.embedding_dim, self.embedding_dtype))
+            return TableCodec(SELECTION, decision_schema(self.measures, self.interactions), self.version)
+        return TableCodec(PUSHES, push_schema(self.embeddings, self.embedding_dim, self.embedding_dtype), self.version)
 
 
 def _is_count(value: object, limit: int) -> bool:
@@ -82,7 +103,7 @@ def encode_run(run: Mapping[str, Any], settings: LogSettings) -> bytes:
     if "log" in run:
         raise ConfigError("run['log'] is the log's own part of run.json: use another key")
     log = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": settings.version,
         "digest_rule": DIGEST_RULE,
         "embeddings": settings.embeddings,
         "embedding_dim": settings.embedding_dim,
@@ -90,6 +111,8 @@ def encode_run(run: Mapping[str, Any], settings: LogSettings) -> bytes:
         "buffer_capacity": settings.buffer_capacity,
         "world_size": settings.world_size,
     }
+    if settings.version == 2:
+        log |= {"measures": list(settings.measures), "interactions": settings.interactions}
     value = {**run, "log": log}
     try:
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
@@ -134,9 +157,14 @@ def decode_run(data: bytes, path: Path) -> RunFile:
     if missing := [name for name in fields if name not in log]:
         raise LogCorruptError(f"{path}: log.{missing[0]} is missing")
     try:
-        settings = LogSettings(**{name: log[name] for name in fields})
+        later = {name: log[name] for name in ("measures", "interactions") if version == 2 and name in log}
+        settings = LogSettings(**{name: log[name] for name in fields}, **later)
     except (ConfigError, TypeError) as error:
         raise LogCorruptError(f"{path}: log.{error}") from error
+    if settings.version != version:
+        raise LogCorruptError(
+            f"{path}: log.schema_version is {version}, but the columns are those of version {settings.version}"
+        )
     return RunFile(run=run, settings=settings, sha256=hashlib.sha256(data).digest())
 
 

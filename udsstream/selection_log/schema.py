@@ -3,17 +3,20 @@
     selection  one row per candidate per step: what was offered, how it was valued, whether it was kept
     pushes     one row per embedding pushed into the memory, by the rank that contributed it
 
-Columns are only ever appended, with a higher `SCHEMA_VERSION`; a column never changes its meaning or unit.
+Columns are only ever appended, with a higher schema version; a column never changes its meaning or unit. Version 2 has behind the columns
+of version 1 those measures that its run.json names (`log.measures`); a log that needs none of them is still written in version 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
 
 __all__ = [
     "DECISION_SCHEMA",
+    "MEASURES",
     "MODES",
     "PUSHES",
     "PUSH_SCHEMA",
@@ -22,11 +25,13 @@ __all__ = [
     "TABLES",
     "EmbeddingDtype",
     "EmbeddingMode",
+    "decision_schema",
     "embedding_type",
     "push_schema",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The highest that is written and read."""
 
 SELECTION = "selection"
 PUSHES = "pushes"
@@ -62,6 +67,28 @@ DECISION_SCHEMA = pa.schema(
         pa.field("train_order", pa.int32()),  # place among the kept; null when not kept
     ]
 )
+
+MEASURES = ("grad_norm", "reference_loss", "alignment", "interaction")
+"""What version 2 may have measured of a candidate beside `loss`, `intra` and `inter`, in this order:
+
+    grad_norm       Frobenius norm of the last layer's gradient of its loss, nats per unit of weight
+    reference_loss  its loss with a reference model, nats per token
+    alignment       inner product of that gradient with the validation samples'
+    interaction     of such gradients: with each of its rank's candidates of the step, in the method's units; zeros behind the last one
+"""
+
+
+def decision_schema(measures: Sequence[str] = (), interactions: int | None = None) -> pa.Schema:
+    """The decisions' columns with some of MEASURES; `interactions`: numbers of `interaction`, the most candidates that a rank may have."""
+    schema = DECISION_SCHEMA
+    for name in MEASURES:
+        if name in measures and name != "interaction":
+            schema = schema.append(pa.field(name, pa.float32()))
+    if "interaction" in measures:
+        assert interactions is not None
+        schema = schema.append(pa.field("interaction", pa.list_(pa.float32(), interactions)))
+    return schema
+
 
 PUSH_SCHEMA = pa.schema(
     [

@@ -21,7 +21,6 @@ from udsstream.selection_log.encoding import LINK_KEY, TableCodec, ones, schema_
 from udsstream.selection_log.files import map_file
 from udsstream.selection_log.frames import SCHEMA, Frame, FrameError, RecordBatchFrame, frames, record_batch
 from udsstream.selection_log.manifest import canonical_json
-from udsstream.selection_log.schema import SCHEMA_VERSION
 
 __all__ = ["FileIdentity", "WalScan", "scan_wal"]
 
@@ -47,7 +46,7 @@ class FileIdentity:
             "prev": self.prev.hex(),
             "rank": self.rank,
             "run_sha256": self.run_sha256.hex(),
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": codec.version,
             "segment": self.segment,
             "table": self.table,
         }

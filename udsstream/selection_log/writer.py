@@ -102,12 +102,15 @@ class SelectionLogWriter:
         embedding_dim: int | None = None,
         embedding_dtype: EmbeddingDtype = "float32",
         buffer_capacity: int | None = None,
+        measures: Sequence[str] = (),
+        interactions: int | None = None,
         wal_bytes: int = WAL_BYTES,
         wait_seconds: float = 60.0,
     ) -> SelectionLogWriter:
         """Begin a log in a folder that holds none. Rank 0 writes run.json; the others wait for it.
 
         `buffer_capacity` is the number of embeddings that the memory holds; without it `buffer_at` must be told under "full".
+        `measures`: columns that the decisions have beside those of version 1 (`schema.MEASURES`); `interactions`: numbers of `interaction`.
         `wal_bytes`: size at which a write-ahead file is sealed in the background.
         """
         path = Path(root)
@@ -118,6 +121,8 @@ class SelectionLogWriter:
             embedding_dtype=embedding_dtype,
             buffer_capacity=buffer_capacity,
             world_size=world_size,
+            measures=tuple(measures),
+            interactions=interactions,
         )
         data = encode_run(run, settings)
         _refuse_existing(path, rank)
@@ -248,7 +253,7 @@ class SelectionLogWriter:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def append(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Record a step's candidates of this rank: all columns of DECISION_SCHEMA but attempt, step and rank.
+        """Record a step's candidates of this rank: all columns of the decisions but attempt, step and rank.
 
         A nullable column may be left out (null throughout) or be a masked array; a NaN is a value, not a null.
         """
@@ -293,6 +298,11 @@ class SelectionLogWriter:
         self._write(self._selection.sync)
         self._write(self._pushes.sync)
         return self.head
+
+    @property
+    def interactions(self) -> int | None:
+        """Numbers of the column `interaction`; None: the log has none."""
+        return self._run.settings.interactions
 
     @property
     def head(self) -> bytes:

@@ -1,8 +1,7 @@
-"""From scores to the kept: ties, order, values that are not finite, and the exact rounding of the combined score."""
+"""From scores to the kept: ties, order, values that are not finite, and budgets of tokens."""
 
 from __future__ import annotations
 
-import numpy as np
 import oracles
 import pytest
 import torch
@@ -10,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udsstream.errors import ScoreError
-from udsstream.scoring import methods
-from udsstream.scoring.select import check_finite, top_k
+from udsstream.scoring.select import check_finite, top_k, within_budget
 
 
 @given(scores=st.lists(st.sampled_from([-1.0, 0.0, -0.0, 1.5, 2.0]), min_size=1, max_size=40), data=st.data())
@@ -42,18 +40,25 @@ def test_check_finite_names_the_sample_its_place_and_its_value():
 
 
 @given(
-    values=st.lists(st.tuples(st.floats(0, 1e6, width=32), st.floats(0, 1e4, width=32)), min_size=1, max_size=10),
-    alpha=st.floats(0, 100),
+    scores=st.lists(st.sampled_from([-1.0, 0.0, 1.5, 2.0]), min_size=1, max_size=20),
+    budget=st.integers(1, 200),
+    ranks=st.integers(1, 4),
+    data=st.data(),
 )
-def test_the_score_can_be_recomputed_in_numpy_to_the_last_bit(values, alpha):
-    intra, inter = (np.array(column, dtype=np.float32) for column in zip(*values, strict=True))
-    expected = (intra.astype(np.float64) + alpha * inter.astype(np.float64)).astype(np.float32)
-    found = methods.uds(torch.from_numpy(intra), torch.from_numpy(inter), alpha)
-    assert found.dtype == torch.float32
-    np.testing.assert_array_equal(found.numpy(), expected)
+def test_a_token_budget_is_filled_by_falling_score_and_never_exceeded(scores, budget, ranks, data):
+    scores = scores * ranks  # batches that the ranks share evenly
+    tokens = data.draw(st.lists(st.integers(1, 60), min_size=len(scores), max_size=len(scores)))
+    found = within_budget(torch.tensor(scores), tokens, budget, multiple_of=ranks).tolist()
+    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
+    k = 0
+    while k < len(order) and sum(tokens[place] for place in order[: k + 1]) <= budget:
+        k += 1
+    k = max(ranks, k - k % ranks)
+    assert found == sorted(order[:k])
+    assert len(found) == ranks or sum(tokens[place] for place in found) <= budget
 
 
-def test_a_score_that_overflows_is_infinite_and_so_refused():
-    scores = methods.uds(torch.tensor([3e38, 1.0]), torch.tensor([3e38, 1.0]), 1.0)
-    with pytest.raises(ScoreError, match=r"inf for sample 8 \(position 0\)"):
-        check_finite(scores, [8, 9])
+def test_what_is_longer_than_the_budget_is_kept_when_it_is_the_best_and_stops_the_rest():
+    assert within_budget(torch.tensor([1.0, 3.0, 2.0]), [5, 50, 5], 20).tolist() == [1]
+    assert within_budget(torch.tensor([3.0, 2.0, 1.0]), [5, 50, 5], 20).tolist() == [0]
+    assert within_budget(torch.tensor([3.0, 2.0, 1.0]), [5, 10, 5], 20).tolist() == [0, 1, 2]
