@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from udsstream.mosaicml.dataset import UDSStreamingDataset
     from udsstream.mosaicml.replay import ReplaySelection
     from udsstream.mosaicml.webdataset import UDSWebDataset
+    from udsstream.scoring.candidates import Candidates, measures
     from udsstream.selection_log.reader import SelectionLog
 
 __version__ = "0.1.0"
 __all__ = [
+    "Candidates",
     "OnlineBatchSelection",
     "ReplaySelection",
     "SelectionConfig",
@@ -25,15 +27,18 @@ __all__ = [
     "UDSStreamingDataset",
     "UDSWebDataset",
     "__version__",
+    "measures",
 ]
 
 _HOME = {
+    "Candidates": "udsstream.scoring.candidates",
     "OnlineBatchSelection": "udsstream.mosaicml.algorithm",
     "ReplaySelection": "udsstream.mosaicml.replay",
     "SelectionConfig": "udsstream.config",
     "SelectionLog": "udsstream.selection_log.reader",
     "UDSStreamingDataset": "udsstream.mosaicml.dataset",
     "UDSWebDataset": "udsstream.mosaicml.webdataset",
+    "measures": "udsstream.scoring.candidates",
 }
 
 

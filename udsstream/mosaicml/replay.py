@@ -118,6 +118,15 @@ class ReplaySelection(Algorithm):
         self._module_names = {"trunk": trunk, "head": head}
         self._warm_start = Path(warm_start) if warm_start is not None else None
         self._own_method = method
+        if method is not None:
+            logged, given = (
+                (self.log.run.get("selection") or {}).get("method"),
+                SelectionConfig(method=method).method_name,
+            )
+            if given != logged:
+                raise ReplayError(
+                    f"the run chose by {logged}, the given method is {given}; give the function that it had"
+                )
         self._inputs: dict[str, Any] = {"reference": reference, "validation": validation}
         self._loader: DataLoader | None = None
         self._steps: LoggedSteps | None = None
