@@ -50,6 +50,26 @@ def test_the_reference_has_every_public_name():
         assert getattr(pydoc.locate(name), "__doc__", None), f"{name} has no docstring, or is not there"
 
 
+def test_every_statement_about_another_project_names_its_source():
+    page = (DOCS / "other_systems.md").read_text()
+    notes = dict(re.findall(r"^\[\^([\w-]+)\]: (.*)$", page, flags=re.MULTILINE))
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in page.splitlines() if line.startswith("| ")]
+    theirs = [row for row in rows if row[0] and not row[0].startswith("**udsstream")]
+    assert {row[0] for row in theirs} == {
+        "Composer's SelectiveBackprop", "UDS as published", "GREATS", "RHO-Loss", "InfoBatch", "DataFlex",
+        "NeMo Curator", "datatrove", "Data-Juicer",
+    }  # fmt: skip
+    used = set()
+    for row in theirs:
+        for cell in row[1:]:
+            cited = re.findall(r"\[\^([\w-]+)\]", cell)
+            assert cited, f"{row[0]}: {cell}"
+            assert cell.endswith("]"), f"{row[0]}: {cell}"
+            used |= set(cited)
+    assert used == notes.keys()
+    assert all("https://" in note for note in notes.values())
+
+
 def build_command() -> list[str]:
     """What `make docs` runs, with the Python that runs the tests."""
     (options,) = re.findall(r"-m mkdocs build (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
