@@ -80,6 +80,22 @@ def test_the_version_stands_in_one_place(dist, clean, tmp_path):
     assert in_clean(clean, tmp_path, "udsstream", "--version").stdout == f"udsstream {udsstream.__version__}\n"
 
 
+def test_the_changelog_has_this_version_and_keeps_its_form():
+    """Keep a Changelog 1.1.0: newest first, each with its date, and what is to come on top."""
+    changelog = (ROOT / "docs" / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", changelog, flags=re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", heading) for heading in headings[1:]]
+    assert all(released)
+    numbers = [tuple(map(int, match.groups())) for match in released if match]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert numbers[0] == tuple(map(int, udsstream.__version__.split(".")[:3])), (
+        "make a release, or take the version back"
+    )
+    kinds = set(re.findall(r"^### (.*)$", changelog, flags=re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(dist):
     (wheel,) = dist.glob("*.whl")
