@@ -620,7 +620,7 @@ def test_the_tables_say_what_was_asked(tmp_path: Path) -> None:
     shown = udsstream(root, "--until=ba6")
     assert "before step 6" in shown
     assert "Checkpoint ba6 had been trained on" in shown
-    assert "trained on all the same" in udsstream(root, "--suppressed")
+    assert "chosen all the same" in udsstream(root, "--suppressed")
     assert "Take the longest k" in udsstream(root, "--length")
     assert "that needs a run with embeddings=full" in udsstream(str(uds_log.write(tmp_path / "b")), "--suppressed")
 

@@ -80,6 +80,21 @@ def test_a_stream_is_scored_and_its_best_part_written(model, data, tmp_path, mon
         assert udsstream(monkeypatch, capsys, command, str(tmp_path / "out-run"))[0] == 0
 
 
+def test_nothing_is_called_trained_on(done, monkeypatch, capsys):
+    for question, said in [
+        ((), "tokens chosen"),
+        (("--until", "ba2"), "Before step 2 the scoring pass chose 4 samples"),
+    ]:
+        code, shown, _ = udsstream(monkeypatch, capsys, "log", str(done / "out-run"), *question)
+        assert code == 0
+        assert said in shown
+        assert "trained" not in shown
+    card = (done / "out" / "README.md").read_text()
+    assert "how often it was chosen" in card
+    assert "trained" not in card
+    assert "\n1 shard, " in card
+
+
 def test_settings_from_a_file(model, data, tmp_path, monkeypatch, capsys):
     settings = {
         "model": {"name": model},

@@ -120,8 +120,8 @@ def _summary(result: Any) -> str:
     lines = [
         f"{rows['read']:,} rows read = {rows['written']:,} written + {rows['rejected']:,} rejected"
         + (f" ({rows['blank_lines']:,} blank lines)" if rows["blank_lines"] else ""),
-        f"{shards:,} shard{'s' if shards > 1 else ''} in {result.out}"
-        + (f", {len(streams):,} streams" if "folder" in streams[0] else ""),
+        f"{shards:,} shard{'s' if shards != 1 else ''} in {result.out}"
+        + (f", {len(streams):,} stream{'s' if len(streams) != 1 else ''}" if "folder" in streams[0] else ""),
         "columns: " + ", ".join(f"{column['name']} ({column['encoding']})" for column in manifest["columns"]),
     ]
     if rows["rejected"]:

@@ -38,7 +38,7 @@ def log(
         bool,
         typer.Option(
             "--suppressed",
-            help="What did the diversity term decide? With embeddings='full' also: which near-duplicates were trained on all the same?",
+            help="What did the diversity term decide? With embeddings='full' also: which near-duplicates were chosen all the same?",
         ),
     ] = False,
     length: Annotated[bool, typer.Option("--length", help="How far is the choice a matter of length?")] = False,
@@ -127,7 +127,7 @@ def _print_suppressed(opened: Any, below: int | None, *, as_json: bool) -> None:
     if near is not None:
         tables.print_near_duplicates(near)
     else:
-        typer.echo("Near-duplicates that were trained on cannot be told: that needs a run with embeddings=full.")
+        typer.echo("Near-duplicates that were chosen cannot be told: that needs a run with embeddings=full.")
 
 
 def _print_summary(run: Path, opened: Any, below: int | None, *, as_json: bool) -> None:

@@ -208,9 +208,9 @@ ADDED = {
     "intra": ("float32", "value of the sample alone, in the method's units, at its first turn"),
     "inter": ("float32", "mean distance to the memory, in the method's units, at its first turn"),
     "mean_score": ("float64", "mean of its scores over all its offers"),
-    "times_chosen": ("int32", "how often it was trained on"),
+    "times_chosen": ("int32", "how often it was chosen"),
     "times_offered": ("int32", "how often it was a candidate"),
-    "first_step": ("int64", "batches trained before its first turn"),
+    "first_step": ("int64", "steps before its first turn"),
     "stream": ("str", "name of the stream it comes from"),
     "sample_id": ("int64", "its id over the run's ordered streams"),
 }

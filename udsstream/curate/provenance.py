@@ -437,8 +437,8 @@ def data_card(
     body += ["", "## Loading", "", *_loading(format, compression), ""]
     amount = sum(part.bytes for part in parts)
     body += [
-        f"{len(parts)} shards, {amount:,} bytes; sizes and SHA-256 of each are in `croissant.json` (Croissant 1.1), with all of the "
-        "above in a form for machines.",
+        f"{len(parts):,} shard{'s' if len(parts) != 1 else ''}, {amount:,} bytes; sizes and SHA-256 of each are in `croissant.json` "
+        "(Croissant 1.1), with all of the above in a form for machines.",
         "",
     ]
     return "\n".join([*front, "", *body])

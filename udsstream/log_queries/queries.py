@@ -51,6 +51,7 @@ __all__ = [
     "stream_shares",
     "suppressed",
     "trained_on",
+    "trains",
 ]
 
 
@@ -267,12 +268,20 @@ def _place(run: Mapping[str, Any], sample_id: int) -> tuple[bool | None, str | N
 # -- what a checkpoint was trained on ----------------------------------------------------------------------------
 
 
+def trains(log: SelectionLog) -> bool:
+    """Whether what was chosen was trained on: not in a scoring pass."""
+    job = log.run.get("job")
+    return not (isinstance(job, dict) and job.get("kind") == "scoring")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainedOn(_Answer):
     """The distinct samples that were trained on."""
 
     until: int | None
     """Only steps below it; None: all that the log has."""
+    trains: bool
+    """False: the log of a scoring pass, which only chose them."""
     steps: int
     samples: int
     times: int
@@ -300,6 +309,7 @@ def trained_on(log: SelectionLog, *, until: int | None = None) -> TrainedOn:
     ids, counts = np.unique(table["sample_id"].to_numpy(), return_counts=True)
     return TrainedOn(
         until=until,
+        trains=trains(log),
         steps=len(np.unique(table["step"].to_numpy())),
         samples=len(ids),
         times=table.num_rows,

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from udsstream.log_queries.queries import stream_name
+from udsstream.log_queries.queries import stream_name, trains
 from udsstream.log_queries.tables import share
 from udsstream.selection_log.reader import SelectionLog
 
@@ -91,17 +91,21 @@ def print_summary(
 ) -> None:
     """Prints what the run in this folder chose (with `until`, below that step), where the log is, and what to do next."""
     console = console or Console()
-    summary = summarize(SelectionLog.open(run), until=until)
+    log = SelectionLog.open(run)
+    summary = summarize(log, until=until)
     limited = "" if until is None else f" before step {until}"
     table = Table(title=f"What was chosen in {run}{limited}", title_justify="left", show_header=False)
     table.add_row("steps", f"{summary.steps:,}")
     table.add_row("candidates looked at", f"{summary.candidates:,}")
-    table.add_row("kept and trained on", f"{summary.kept:,} ({share(summary.kept, summary.candidates)})")
-    table.add_row(
-        "tokens trained on",
-        f"{summary.kept_tokens:,} of {summary.candidate_tokens:,} "
-        f"({share(summary.candidate_tokens - summary.kept_tokens, summary.candidate_tokens)} saved)",
-    )
+    kept = f"{summary.kept:,} ({share(summary.kept, summary.candidates)})"
+    tokens = f"{summary.kept_tokens:,} of {summary.candidate_tokens:,}"
+    if trains(log):
+        table.add_row("kept and trained on", kept)
+        saved = share(summary.candidate_tokens - summary.kept_tokens, summary.candidate_tokens)
+        table.add_row("tokens trained on", f"{tokens} ({saved} saved)")
+    else:
+        table.add_row("chosen", kept)
+        table.add_row("tokens chosen", tokens)
     table.add_row("streams drawn from", f"{len(summary.streams):,}")
     if before is not None and after is not None:
         table.add_row("held-out loss, before → after", f"{before:.4f} → {after:.4f} nats per token")

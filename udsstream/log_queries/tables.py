@@ -126,10 +126,14 @@ def print_history(history: SampleHistory, *, console: Console | None = None) -> 
 
 
 def print_trained_on(trained: TrainedOn, *, console: Console | None = None) -> None:
-    """How many samples were trained on once, twice, …, and the first of them."""
+    """How many samples were trained on (or, in a scoring pass, chosen) once, twice, …, and the first of them."""
     console = console or Console()
-    what = "The run has" if trained.until is None else f"Checkpoint ba{trained.until} had"
-    _say(console, f"{what} been trained on {trained.samples:,} distinct samples, {trained.times:,} in all.")
+    if trained.trains:
+        what = "The run has" if trained.until is None else f"Checkpoint ba{trained.until} had"
+        _say(console, f"{what} been trained on {trained.samples:,} distinct samples, {trained.times:,} in all.")
+    else:
+        what = "The scoring pass" if trained.until is None else f"Before step {trained.until} the scoring pass"
+        _say(console, f"{what} chose {trained.samples:,} samples.")
     shown = _table("times", "samples", "the first of them", left=("the first of them",))
     for times in np.unique(trained.counts)[::-1].tolist():
         ids = trained.sample_ids[trained.counts == times]
@@ -209,11 +213,11 @@ def print_near_duplicates(found: NearDuplicates, *, console: Console | None = No
     """The pairs of embeddings that lie close to each other, nearest first."""
     console = console or Console()
     if found.typical_distance is None:
-        _say(console, "Near-duplicates that were trained on: there are no two embeddings to compare.")
+        _say(console, "Near-duplicates that were chosen: there are no two embeddings to compare.")
         return
     _say(
         console,
-        f"Near-duplicates that were trained on all the same: {found.found:,} pairs within {found.fraction:g} of the typical "
+        f"Near-duplicates that were chosen all the same: {found.found:,} pairs within {found.fraction:g} of the typical "
         f"distance, {number(found.typical_distance)} ({found.pushes:,} embeddings, each against the {found.window:,} before it).",
     )
     if found.same_sample:
