@@ -30,6 +30,7 @@ HEAVY = {
 SCORING = {"composer", "streaming", "pyarrow", "transformers", "peft", "udsstream.selection_log", "udsstream.mosaicml"}
 LOG = {"torch", "composer", "streaming", "transformers", "peft", "udsstream.scoring", "udsstream.mosaicml"}
 
+OUR_TRAINERS = {f"udsstream.{name}" for name in ("mosaicml.algorithm", "mosaicml.replay", "pipeline")}
 OURS = {
     f"udsstream.{name}"
     for name in ("scoring", "selection_log", "mosaicml", "audit", "report", "curate", "ingest", "pipeline", "sft")
@@ -64,9 +65,22 @@ def trespassers(loaded: set[str], forbidden: set[str]) -> set[str]:
         (modules_of("udsstream.audit"), LOG),
         (modules_of("udsstream.report"), LOG | {"matplotlib"}),
         (modules_of("udsstream.curate"), LOG | {"webdataset", "datasets", "pandas"}),
+        # (composer.trainer comes with `import composer`.)
+        (modules_of("udsstream.hf_trainer"), {"composer.algorithms", *OUR_TRAINERS}),
         (modules_of("udsstream.ingest"), {"composer", "peft", "datasets", "pandas", *OURS - {"udsstream.ingest"}}),
     ],
-    ids=["udsstream", "config and errors", "cli", "scoring", "selection_log", "audit", "report", "curate", "ingest"],
+    ids=[
+        "udsstream",
+        "config and errors",
+        "cli",
+        "scoring",
+        "selection_log",
+        "audit",
+        "report",
+        "curate",
+        "hf trainer",
+        "ingest",
+    ],
 )
 def test_a_layer_loads_nothing_that_it_must_not_know(modules, forbidden):
     assert trespassers(loaded_by("\n".join(f"import {name}" for name in modules)), forbidden) == set()

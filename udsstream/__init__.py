@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from udsstream.config import SelectionConfig
+    from udsstream.hf_trainer.replay import ReplayTrainer
+    from udsstream.hf_trainer.trainer import SelectingTrainer
     from udsstream.mosaicml.algorithm import OnlineBatchSelection
     from udsstream.mosaicml.dataset import UDSStreamingDataset
     from udsstream.mosaicml.replay import ReplaySelection
@@ -22,6 +24,8 @@ __all__ = [
     "Candidates",
     "OnlineBatchSelection",
     "ReplaySelection",
+    "ReplayTrainer",
+    "SelectingTrainer",
     "SelectionConfig",
     "SelectionLog",
     "UDSStreamingDataset",
@@ -34,6 +38,8 @@ _HOME = {
     "Candidates": "udsstream.scoring.candidates",
     "OnlineBatchSelection": "udsstream.mosaicml.algorithm",
     "ReplaySelection": "udsstream.mosaicml.replay",
+    "ReplayTrainer": "udsstream.hf_trainer.replay",
+    "SelectingTrainer": "udsstream.hf_trainer.trainer",
     "SelectionConfig": "udsstream.config",
     "SelectionLog": "udsstream.selection_log.reader",
     "UDSStreamingDataset": "udsstream.mosaicml.dataset",
