@@ -19,7 +19,7 @@ from peft import LoraConfig
 from streaming import MDSWriter, Stream
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from udsstream import OnlineBatchSelection, ReplaySelection, UDSStreamingDataset
 from udsstream.mosaicml.lengths import count_lengths
@@ -74,6 +74,27 @@ def llama(*, dropout: float = 0.1, lora: bool = False, tie: bool = False, seed: 
         LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     )
     return HuggingFaceModel(LlamaForCausalLM(config), None, shift_labels=True, peft_config=adapters)
+
+
+def gemma2(*, softcap: float = 30.0, scale: float = 1.0) -> HuggingFaceModel:
+    """Two layers, 32 wide, with a tied head under a soft cap. `scale`: of its matrices, so that the cap bends what they give."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=softcap,
+        attn_implementation="eager",
+    )
+    model = HuggingFaceModel(Gemma2ForCausalLM(config), None, shift_labels=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.ndim > 1 else 1)
+    return model
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
