@@ -12,14 +12,12 @@ import oracles
 import pytest
 import torch
 from composer.devices import DeviceCPU
-from composer.models import HuggingFaceModel
 from composer.utils import dist
-from tiny import TinyRun, collate, write_stream
+from tiny import TinyRun, collate, gemma2, write_stream
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from udsstream import SelectionConfig, SelectionLog
 from udsstream.errors import ModelError
@@ -136,26 +134,6 @@ def test_the_factors_of_one_rank_are_kept_apart_from_those_of_shards():
 # A soft-capped model, without a Trainer -----------------------------------------------------------------------------------
 
 
-def gemma2() -> HuggingFaceModel:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-        attn_implementation="eager",
-    )
-    model = HuggingFaceModel(Gemma2ForCausalLM(config), None, shift_labels=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3 if parameter.ndim > 1 else 1)
-    return model
-
-
 def candidates(step: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(step)
     return [
@@ -173,7 +151,7 @@ class Decided:
         torch.set_num_threads(1)
         dist.initialize_dist("cpu")
         ranks, rank = dist.get_world_size(), dist.get_global_rank()
-        model = gemma2()
+        model = gemma2(softcap=0.5, scale=3.0)
         if ranks > 1:
             for layer in model.model.model.layers:
                 fully_shard(layer)
@@ -185,9 +163,9 @@ class Decided:
             batch = collate(candidates(step)[rank::ranks])
             decision = selector.decide(batch, selects=True, epoch=0, batch_in_epoch=step)
             selector.remember(decision, decision.kept)
-            found.append((decision.kept, decision.intra, decision.inter))
-        assert selector._form is not None
-        torch.save((selector._form.form, found), Path(self.folder) / f"{ranks}-{rank}.pt")
+            found.append((decision.kept, decision.measured["intra"], decision.measured["inter"]))
+        assert selector.form is not None
+        torch.save((selector.form.form, found), Path(self.folder) / f"{ranks}-{rank}.pt")
 
 
 @pytest.mark.slow
@@ -249,8 +227,14 @@ def weights_of(run: TinyRun) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "factored"),
-    [({}, 20), ({"tie": True}, 20), ({"lora": True, "lr": 1e-3}, None), ({"selection": {"method": "max_loss"}}, 0)],
-    ids=["full training", "a tied head", "LoRA, on the head too", "by loss"],
+    [
+        ({}, 20),
+        ({"tie": True}, 20),
+        ({"lora": True, "lr": 1e-3}, None),
+        ({"selection": {"method": "max_loss"}}, 0),
+        ({"selection": {"method": "max_grad"}}, 0),
+    ],
+    ids=["full training", "a tied head", "LoRA, on the head too", "by loss", "by gradient"],
 )
 def test_two_ranks_with_shards_are_one_without(processes, stream, tmp_path, kind, factored):
     """Same candidates, scores and choices; each rank reads its own rows of the head alone, once a step."""

@@ -11,9 +11,8 @@ import torch
 from composer.devices import DeviceCPU
 from composer.models import HuggingFaceModel
 from simulated_cuda import SimulatedCuda
-from tiny import VOCABULARY, collate, llama
+from tiny import collate, gemma2, llama
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from udsstream import SelectionConfig
 from udsstream.mosaicml import ranks
@@ -38,19 +37,6 @@ def made_up(fake: Tensor) -> Tensor:
         if fake.is_floating_point()
         else torch.ones(fake.shape, dtype=fake.dtype)
     )
-
-
-def gemma2() -> HuggingFaceModel:
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    return HuggingFaceModel(Gemma2ForCausalLM(config), None, shift_labels=True)
 
 
 MODELS = {
@@ -98,8 +84,8 @@ def test_a_step_waits_once_for_what_is_chosen_by(cuda, name):
             cuda.waits.clear()
             assert len(step(selector, number)) == 2
             assert [wait.split(" < ")[0] for wait in cuda.waits] == ["ranks.py:fetch"], cuda.waits
-    assert selector._form is not None
-    assert selector._form.form == ("vocabulary_slices" if name == "a soft-capped head" else "hidden_space")
+    assert selector.form is not None
+    assert selector.form.form == ("vocabulary_slices" if name == "a soft-capped head" else "hidden_space")
     assert selector.buffer.rows.device.type == "cuda"
     assert selector.buffer.pushed == 16
 
@@ -126,7 +112,7 @@ def test_with_two_ranks_too(cuda, monkeypatch):
     monkeypatch.setattr(ranks, "greatest_over_ranks", list)
     for name, value in (("get_world_size", lambda: 2), ("get_local_world_size", lambda: 2), ("all_gather", all_gather)):
         monkeypatch.setattr(ranks.dist, name, value)
-    monkeypatch.setattr("udsstream.mosaicml.selector.from_rank_zero", lambda value: value)
+    monkeypatch.setattr("udsstream.mosaicml.measuring.from_rank_zero", lambda value: value)
     monkeypatch.setattr("udsstream.mosaicml.selector.greatest_over_ranks", list)
     with cuda.running():
         selector = selector_on(cuda, llama(lora=True))
@@ -139,14 +125,31 @@ def test_with_two_ranks_too(cuda, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_losses_too_wait_once(cuda):
+@pytest.mark.parametrize("method", ["max_loss", "max_grad", "selective_backprop"])
+def test_losses_and_gradients_too_wait_once(cuda, method):
     cuda.answer = lambda fake: torch.rand(fake.shape) if fake.shape == (8, 1) else made_up(fake)
     with cuda.running():
-        selector = selector_on(cuda, llama(lora=True), method="max_loss")
+        selector = selector_on(cuda, llama(lora=True), method=method)
         step(selector, 0)
         cuda.waits.clear()
         step(selector, 1)
     assert [wait.split(" < ")[0] for wait in cuda.waits] == ["ranks.py:fetch"]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_to_compare_candidates_waits_once_for_their_products(cuda):
+    def answer(fake):
+        rows = torch.rand(8, 5)
+        return rows @ rows.T if fake.shape == (8, 8) else torch.rand(fake.shape) if fake.ndim == 1 else made_up(fake)
+
+    cuda.answer = answer
+    with cuda.running():
+        selector = selector_on(cuda, llama(lora=True), method="divbs")
+        step(selector, 0)
+        cuda.waits.clear()
+        step(selector, 1)
+    # The order that is made of them goes to the device, to be told to the other ranks, and comes back.
+    assert [wait.split(" < ")[0] for wait in cuda.waits] == ["ranks.py:fetch", "ranks.py:fetch"]
 
 
 def test_random_waits_for_nothing(cuda):

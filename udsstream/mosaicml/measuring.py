@@ -94,7 +94,8 @@ class CandidateMeasurer:
         self._to_device = device
         self._precision = (precision, precision_config)
         self._validation = validation
-        self._form: ScoringForm | None = None
+        self.form: ScoringForm | None = None
+        """How the model is scored; known from the first forward on."""
         self._scored_steps = 0
         self._last_version: Hashable = None
         self._changes = 0
@@ -207,14 +208,14 @@ class CandidateMeasurer:
             )
         )
         with neutral(parts.model), get_precision_context(*self._precision):
-            if self._form is None:
+            if self.form is None:
                 # Each rank has looked at another candidate, but all must score alike. (Of a batch smaller than the number of ranks the
                 # last ones have none.)
                 form = choose_form(parts, self._to_device.batch_to_device(runs[0][1])) if runs else None
-                self._form = from_rank_zero(form)
-                assert self._form is not None, "rank 0 has the first candidate of every batch"
-                log.info("Candidates are scored as %s.", self._form)
-            head, version = self._head_of_step(self._form, lengths)
+                self.form = from_rank_zero(form)
+                assert self.form is not None, "rank 0 has the first candidate of every batch"
+                log.info("Candidates are scored as %s.", self.form)
+            head, version = self._head_of_step(self.form, lengths)
             if parts.is_sharded:
                 # Each forward gathers the weights from all ranks, so all must make as many: the last one again, to no effect. And what was
                 # kept of the head is made anew on all ranks or on none.
@@ -224,7 +225,7 @@ class CandidateMeasurer:
                 self._changes += changed
                 version = ("changes", self._changes)
             for rows, packed in runs:
-                matrices = self._matrices(self._to_device.batch_to_device(packed), self._form)
+                matrices = self._matrices(self._to_device.batch_to_device(packed), self.form)
                 # The scores' own arithmetic is not to be autocast: float32 throughout.
                 with torch.autocast(device_type=matrices.device.type, enabled=False):
                     visit(

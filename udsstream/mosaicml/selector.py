@@ -38,7 +38,7 @@ from udsstream.mosaicml.ranks import (
     gather_candidates,
     greatest_over_ranks,
 )
-from udsstream.mosaicml.trunk import ModelParts
+from udsstream.mosaicml.trunk import ModelParts, ScoringForm
 from udsstream.scoring.candidates import Candidates, checked_scores
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.scoring.losses import IGNORED_LABEL
@@ -122,6 +122,11 @@ class CandidateSelector:
         self._capacity: int | None = None
         self._device = next(model.parameters()).device
         self.buffer = EmbeddingBuffer.empty(config.buffer_size, config.embedding_dim, device=self._device)
+
+    @property
+    def form(self) -> ScoringForm | None:
+        """How candidates are scored with this model; None before the first forward."""
+        return self._measurer.form
 
     @classmethod
     def of_trainer(cls, config: SelectionConfig, state: State, **named: Any) -> CandidateSelector:

@@ -103,14 +103,13 @@ def _slices_of_gradients(
     step = max(1, _SLICE_BYTES // (4 * rows.shape[1] * max(1, len(groups))))
     ends = torch.tensor(list(groups)).cumsum(0).tolist()
     begins = [0, *ends[:-1]]
-    place = torch.arange(len(targets), device=rows.device)
     for start, logits in head.sliced_logits(rows):
         delta = (logits - log_sum[:, None]).exp()
         here = (targets >= start) & (targets < start + logits.shape[1])
         # Not by a mask of rows: its length would have to be waited for.
         column = (targets - start).clamp(0, max(0, logits.shape[1] - 1))
         if logits.shape[1]:
-            delta[place, column] -= here.float()
+            delta.scatter_add_(1, column[:, None], -here.float()[:, None])
         if head.softcap is not None:
             delta *= 1 - (logits / head.softcap) ** 2
         delta *= (weights * head.scale)[:, None]
