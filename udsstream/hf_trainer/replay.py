@@ -54,11 +54,16 @@ class ReplayTrainer(PartsTrainer):
     from it.
 
     Args:
-        args, kwargs: of `transformers.Trainer`. `per_device_train_batch_size` and `gradient_accumulation_steps` must be the run's.
+        *args: of `transformers.Trainer`.
+        **kwargs: of `transformers.Trainer`. `per_device_train_batch_size` and `gradient_accumulation_steps` must be the run's.
         log_dir: the log to replay. It is only read.
         stop: ends before this step. None: at the log's end.
         verify: read all candidates, decide again and compare each decision with the log (`tally`). Trains on the logged choice.
-        trunk, head, warm_start, reference, validation: to verify, as `SelectingTrainer` was given them.
+        trunk: to verify, as `SelectingTrainer` was given it.
+        head: likewise.
+        warm_start: likewise.
+        reference: likewise.
+        validation: likewise.
         method: to verify, the function, where the run's method was one of one's own.
 
     Attributes:

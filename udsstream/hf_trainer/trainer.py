@@ -39,16 +39,20 @@ __all__ = ["SelectingTrainer"]
 class SelectingTrainer(PartsTrainer):
     """A `transformers.Trainer` that trains on the most valuable part of every update's batches, and keeps a record of every choice.
 
+    Arguments that are not listed here are the settings of `udsstream.SelectionConfig`, whose times count updates (`ba`), candidates (`sp`) and
+    their tokens (`tok`).
+
     Args:
-        args, kwargs: of `transformers.Trainer`; rows are read by number from `train_dataset`.
+        *args: of `transformers.Trainer`.
+        **kwargs: of `transformers.Trainer`; rows are read by number from `train_dataset`.
         log_dir: where the record of every choice goes (made if absent). None: no record.
         autoresume: a run that was killed before its first checkpoint may go on in the log that it had begun.
         trunk: dotted name of a module of the model whose output holds the final hidden states. None: what enters the head is taken.
         head: dotted name of the head's module. None: found through `get_output_embeddings()`.
         warm_start: `log_dir` of a former run, whose memory this run begins with.
-        reference, validation: what `method="rho_loss"` and `"greats"` need; see `OnlineBatchSelection`.
+        reference: what `method="rho_loss"` needs; see `OnlineBatchSelection`.
+        validation: what `method="greats"` needs; see there, too.
         sample_ids: `auto` takes `sample_id` from the rows, else their numbers; `content-hash` makes ids of the tokens.
-        All others: see `udsstream.SelectionConfig`. Times count updates (`ba`), candidates (`sp`) and their tokens (`tok`).
 
     Raises:
         ConfigError: a setting cannot be used (here, or before training starts when data or model show it).
