@@ -39,8 +39,8 @@ __all__ = ["SelectingTrainer"]
 class SelectingTrainer(PartsTrainer):
     """A `transformers.Trainer` that trains on the most valuable part of every update's batches, and keeps a record of every choice.
 
-    Arguments that are not listed here are the settings of `udsstream.SelectionConfig`, whose times count updates (`ba`), candidates (`sp`) and
-    their tokens (`tok`).
+    Arguments that are not listed here are the settings of `udsstream.SelectionConfig`, whose times count updates (`ba`), candidates (`sp`)
+    and their tokens (`tok`).
 
     Args:
         *args: of `transformers.Trainer`.
