@@ -293,9 +293,8 @@ def _lengths(config: RunConfig, dataset: UDSStreamingDataset, collator: SFTColla
     settings["streams"] = [stream.index_sha256 for stream in stream_identities(dataset)]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = Path(config.save_folder) / f"lengths-{key[:16]}.npy"
-    return remembered_lengths(
-        path, dataset.size, lambda: count_lengths(dataset, collator.length_of, progress_bar=config.progress_bar)
-    )
+    workers = {"num_workers": config.data.num_workers, "progress_bar": config.progress_bar}
+    return remembered_lengths(path, dataset.size, lambda: count_lengths(dataset, collator.length_of, **workers))
 
 
 def _evaluator(held_out: EvalConfig, config: RunConfig, model: HuggingFaceModel) -> Evaluator:

@@ -6,14 +6,16 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from composer.utils import dist
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from udsstream.errors import DataError, RankError
 from udsstream.mosaicml.ranks import from_rank_zero
@@ -23,6 +25,8 @@ __all__ = ["count_lengths", "remembered_lengths"]
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_REPORTS = 10.0
+_CHUNK = 64
+"""Samples that a worker counts at a time."""
 _DOWNLOADS = 8
 """Shards that are fetched at once, ahead of the sample that is being counted."""
 _LONGEST = np.iinfo(np.int32).max
@@ -37,14 +41,17 @@ class _Samples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def count_lengths(dataset: _Samples, length_of: Callable[[Any], int], *, progress_bar: bool = False) -> np.ndarray:
-    """The length of every sample, (samples,) int32 by id. Reads all of them once, which fetches what is remote.
+def count_lengths(
+    dataset: _Samples, length_of: Callable[[Any], int], *, num_workers: int = 0, progress_bar: bool = False
+) -> np.ndarray:
+    """The length of every sample, (samples,) int32 by id. Reads all of them once, which fetches what is remote; draws no random number.
 
     A collective: every rank must call it. Each counts its share, and all get all.
 
     Args:
         dataset: a `UDSStreamingDataset` or `UDSWebDataset`, of a class of your own too.
         length_of: the length of a sample as `dataset[id]` gives it: mostly the tokens that the collator will make of it.
+        num_workers: processes that count, on each rank. 0: this one does.
         progress_bar: shown by rank 0, for its share.
 
     Raises:
@@ -56,7 +63,7 @@ def count_lengths(dataset: _Samples, length_of: Callable[[Any], int], *, progres
     first, stop = (dataset.size * rank // ranks for rank in (here, here + 1))
     share, failure = np.empty(0, np.int32), None
     try:
-        share = _count(dataset, length_of, first, stop, bar=progress_bar and here == 0)
+        share = _count(_Measured(dataset, length_of), first, stop, num_workers, bar=progress_bar and here == 0)
     except Exception as error:  # told to the other ranks, which wait for this one
         failure = error
     said = None if failure is None else f"{type(failure).__name__}: {failure}"
@@ -79,25 +86,43 @@ def count_lengths(dataset: _Samples, length_of: Callable[[Any], int], *, progres
     return lengths
 
 
-def _count(dataset: Any, length_of: Callable[[Any], int], first: int, stop: int, *, bar: bool) -> np.ndarray:
-    lengths = np.empty(stop - first, np.int32)
-    reported = time.monotonic()
-    with _fetching_ahead(dataset, first, stop):
-        for sample_id in track(range(first, stop), description="Counting lengths", disable=not bar):
-            length = length_of(dataset[sample_id])
-            if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= _LONGEST:
-                raise DataError(
-                    f"length_of gave {length!r} for sample {sample_id}, expected a whole number of at least 0 (and below 2³¹)"
-                )
-            lengths[sample_id - first] = length
+class _Measured(Dataset):
+    """Lengths by random access."""
+
+    def __init__(self, dataset: Any, length_of: Callable[[Any], int]) -> None:
+        self.dataset, self._length_of = dataset, length_of
+
+    def __getitems__(self, ids: Sequence[int]) -> list[int]:
+        return [self._measured(sample_id) for sample_id in ids]
+
+    def _measured(self, sample_id: int) -> int:
+        length = self._length_of(self.dataset[sample_id])
+        if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= _LONGEST:
+            raise DataError(
+                f"length_of gave {length!r} for sample {sample_id}, expected a whole number of at least 0 (and below 2³¹)"
+            )
+        return int(length)
+
+
+def _count(measured: _Measured, first: int, stop: int, workers: int, *, bar: bool) -> np.ndarray:
+    chunks = [list(range(at, min(at + _CHUNK, stop))) for at in range(first, stop, _CHUNK)]
+    # A generator of its own: the loader would else draw its workers' seed from the global one.
+    loader = DataLoader(
+        measured, batch_sampler=chunks, collate_fn=list, num_workers=workers, generator=torch.Generator()
+    )
+    counted, reported = [], time.monotonic()
+    rows = iter(loader)  # workers are forked before there are threads
+    with _fetching_ahead(measured.dataset, first, stop):
+        for lengths in track(rows, total=len(chunks), description="Counting lengths", disable=not bar):
+            counted += lengths
             if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()
-                log.info("Counted the lengths of %d of %d samples.", sample_id + 1 - first, stop - first)
+                log.info("Counted the lengths of %d of %d samples.", len(counted), stop - first)
     # What reading leaves in a StreamingDataset: a lock that cannot be sent to spawned workers, and notes of the shards that were looked
     # at, which training is to look at again.
     for name in ("_cache_filelock", "_sized"):
-        vars(dataset).pop(name, None)
-    return lengths
+        vars(measured.dataset).pop(name, None)
+    return np.array(counted, dtype=np.int32)
 
 
 @contextlib.contextmanager
