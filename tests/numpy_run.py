@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 
 from udsstream.config import SelectionConfig
+from udsstream.selection_log.schema import MEASURES
 from udsstream.selection_log.writer import SelectionLogWriter
 
 STREAMS = (("one", 50), ("two", 33))
@@ -126,6 +129,8 @@ class NumpyRun:
                     embeddings=self.config.embeddings,
                     embedding_dim=self.config.embedding_dim,
                     buffer_capacity=self.config.buffer_size,
+                    measures=[name for name in MEASURES if name in self.config.measures],
+                    interactions=BATCH // self.world_size if self.config.compares else None,
                 )
             )
         self.take_over()
@@ -171,16 +176,23 @@ class NumpyRun:
             "tokens": (ids % 7 + 1).astype(np.int32),
         }
         kept, embeddings = np.arange(count), None
-        if self.selects(step):
+        if self.selects(step) and self.config.method != "full":
             if self.config.method == "random":
                 words = np.frombuffer(hashlib.sha256(b"method/random").digest()[:16], "<u4").tolist()
                 seeds = np.random.SeedSequence([self.config.seed, *words, epoch, step % PER_EPOCH])
                 score = (np.random.PCG64(seeds).random_raw(count) >> np.uint64(40)).astype(np.float32) / 2**24
             elif self.config.method == "longest":
                 score = out["tokens"].astype(np.float32)
-            elif self.config.method == "max_loss":
-                score = np.array([np.random.default_rng([int(i), step, 2]).integers(1, 5) for i in ids], np.float32)
-                out["loss"] = score
+            elif self.config.method in ("max_loss", "max_grad", "rho_loss", "selective_backprop"):
+                value = np.array([np.random.default_rng([int(i), step, 2]).integers(1, 5) for i in ids], np.float32)
+                out["grad_norm" if self.config.method == "max_grad" else "loss"] = score = value
+                if self.config.method == "rho_loss":
+                    out["reference_loss"] = (ids % 3).astype(np.float32)
+                    score = value - out["reference_loss"]
+                if self.config.method == "selective_backprop":
+                    score = self._percentile_draw(value, epoch, step, out["tokens"])
+            elif self.config.compares:
+                score = self._order(step, ids, out)
             else:
                 embeddings = np.stack([embedding(int(i), step, self.config.embedding_dim) for i in ids])
                 # Few values, so that there are ties.
@@ -198,6 +210,38 @@ class NumpyRun:
             kept = rechoose(out, self.config, self.world_size)
         choose(out, kept)
         return out, kept, embeddings
+
+    def _percentile_draw(self, loss: np.ndarray, epoch: int, step: int, tokens: np.ndarray) -> np.ndarray:
+        """log(percentile ** (1/share − 1)) + Gumbel noise."""
+        words = np.frombuffer(hashlib.sha256(b"method/selective_backprop").digest()[:16], "<u4").tolist()
+        seeds = np.random.SeedSequence([self.config.seed, *words, epoch, step % PER_EPOCH])
+        draws = np.random.PCG64(seeds).random_raw(len(loss))
+        share = self.config.kept(len(loss), self.world_size) / len(loss)
+        if self.config.keep_tokens is not None:
+            share = min(1.0, self.config.keep_tokens / tokens.sum())
+        places = sorted(range(len(loss)), key=lambda i: (loss[i], i))
+        out = np.empty(len(loss))
+        for place, i in enumerate(places, 1):
+            uniform = ((int(draws[i]) >> 12) + 0.5) / 2**52
+            out[i] = (1 / share - 1) * math.log(place / len(loss)) - math.log(-math.log(uniform))
+        return out.astype(np.float32)
+
+    def _order(self, step: int, ids: np.ndarray, out: dict[str, Any]) -> np.ndarray:
+        """The greedy methods over gradients of twelve numbers: with fewer than candidates, rounding would decide among the last."""
+        assert self.world_size == 1
+        own = np.stack([np.random.default_rng([int(i), step, 3]).standard_normal(12) for i in ids]).astype(np.float32)
+        inner = own @ own.T
+        out["interaction"] = np.zeros((len(ids), BATCH), np.float32)
+        out["interaction"][:, : len(ids)] = inner
+        validation = np.ones(12, np.float32)
+        if self.config.method == "greats":
+            out["alignment"] = own @ validation
+            order = oracles.greats_order(own, validation, 1.0)
+        else:
+            order = oracles.divbs_order(own)
+        score = np.empty(len(ids), np.float32)
+        score[order] = np.arange(len(ids), 0, -1)
+        return score
 
     def step(self, step: int) -> None:
         columns, kept, embeddings = self.columns(step)
@@ -289,8 +333,12 @@ def finished(root: Path, *, steps: int = 25, interrupted: bool = False, **settin
 
 def rechoose(columns: dict[str, Any], config: SelectionConfig, ranks: int = 1) -> np.ndarray:
     """Puts the choice that the scores in `columns` give; the places of the kept."""
-    score = columns["score"].astype(np.float64)
-    return choose(columns, np.sort(np.argsort(-score, kind="stable")[: config.kept(len(score), ranks)]))
+    order = np.argsort(-columns["score"].astype(np.float64), kind="stable")
+    k = config.kept(len(order), ranks)
+    if config.keep_tokens is not None:
+        fits = int((np.cumsum(columns["tokens"][order]) <= config.keep_tokens).sum())
+        k = max(ranks, fits // ranks * ranks)
+    return choose(columns, np.sort(order[:k]))
 
 
 def choose(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:

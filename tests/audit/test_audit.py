@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy_run import PER_EPOCH, RUN_ID, NumpyRun, candidates, describe, finished, rechoose, selection
+from candidates import candidates as some_candidates
+from numpy_run import PER_EPOCH, RUN_ID, NumpyRun, candidates, choose, describe, finished, rechoose, selection
 
 from udsstream.audit.memory import _mean_distance, _mean_distances, distance_tolerance
 from udsstream.audit.report import FINDINGS_KEPT, render
@@ -32,6 +34,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "diversity alone": {"method": "uds_inter", "embeddings": "full"},
     "the highest loss": {"method": "max_loss"},
     "the longest": {"method": "longest"},
+    "the steepest": {"method": "max_grad"},
+    "a percentile draw": {"method": "selective_backprop"},
+    "a percentile draw in a budget of tokens, two ranks": {
+        "method": "selective_backprop",
+        "keep_tokens": 12,
+        "world_size": 2,
+    },
+    "reducible loss": {"method": "rho_loss"},
+    "by validation samples": {"method": "greats"},
+    "by the span of gradients": {"method": "divbs"},
+    "everything": {"method": "full"},
+    "a budget of tokens": {"keep_tokens": 9},
     "two ranks": {"world_size": 2},
     "three of eight": {"keep": 3},
     "all": {"keep": 1.0},
@@ -59,7 +73,16 @@ def test_an_honest_log_is_intact(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [("uds_intra", "its intra"), ("uds_inter", "its inter"), ("max_loss", "its loss"), ("longest", "its tokens")],
+    [
+        ("uds_intra", "its intra is "),
+        ("uds_inter", "its inter is "),
+        ("max_loss", "its loss is "),
+        ("longest", "its tokens is "),
+        ("max_grad", "its grad_norm is "),
+        ("rho_loss", "loss [1-4] − reference_loss [0-2] is "),
+        ("greats", "the order of greats gives [1-8]$"),
+        ("divbs", "the order of divbs gives [1-8]$"),
+    ],
 )
 def test_a_score_that_the_methods_measure_does_not_give_is_found(method: str, rule: str, tmp_path: Path) -> None:
     """Of step 9 the last candidate's score, and so the choice, is forged."""
@@ -74,7 +97,85 @@ def test_a_score_that_the_methods_measure_does_not_give_is_found(method: str, ru
     finished(tmp_path / "log", method=method, forge=forge)
     (finding,) = audit(tmp_path / "log").findings
     assert finding.check == "score"
-    assert f"the score is 1000, but {rule} is " in finding.message
+    assert re.search(f"the score is 1000, but {rule}", finding.message)
+
+
+def forged(tmp_path: Path, method: str, change: Any, **settings: Any) -> list[str]:
+    """What is found when step 9's columns are changed before they are written."""
+
+    def forge(step: int, columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        return kept if step != 9 else change(columns, kept)
+
+    finished(tmp_path / "log", method=method, forge=forge, **settings)
+    return [f"{found.check}: {found.message}" for found in audit(tmp_path / "log").findings]
+
+
+@pytest.mark.parametrize("method", ["greats", "divbs"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m[0, 1:2].fill(7.0), "the interactions are not the same both ways"),
+        (lambda m: m[0].fill(np.nan), "an interaction is not finite, or stands behind the last candidate"),
+        (lambda m: np.copyto(m, np.diag(np.arange(8) + 1.0)), "but the order of .* gives"),
+    ],
+    ids=["one way", "not a number", "another order"],
+)
+def test_interactions_that_do_not_give_the_order_are_found(method, change, message, tmp_path: Path) -> None:
+    def forge(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        columns["interaction"] = columns["interaction"].copy()
+        change(columns["interaction"])
+        return kept
+
+    found = forged(tmp_path, method, forge)
+    assert len(found) == 1
+    assert re.search(message, found[0])
+
+
+def test_a_log_without_the_interactions_cannot_be_a_greedy_methods(tmp_path: Path) -> None:
+    run = NumpyRun(root=tmp_path / "log", config=selection(method="longest"))
+    settings = selection(method="divbs")
+    run.changes = {"selection": settings.as_dict(), "selection_fingerprint": settings.fingerprint()}
+    run.begin().steps(0, 4).close()
+    found = [finding.message for finding in audit(tmp_path / "log").findings]
+    assert "the log has no column interaction, which a run of divbs leaves" in found
+
+
+def test_a_lucky_percentile_draw_is_found(tmp_path: Path) -> None:
+    def forge(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        del kept
+        columns["score"] = columns["score"].copy()
+        columns["score"][3] = 50.0
+        return rechoose(columns, selection(method="selective_backprop"))
+
+    (found,) = forged(tmp_path, "selective_backprop", forge)
+    assert re.match("random: step 9, position 3: the score is 50, but seed 17 draws ", found)
+
+
+def test_a_budget_that_was_overdrawn_is_found(tmp_path: Path) -> None:
+    def forge(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        places = np.flatnonzero(~columns["selected"])
+        return choose(columns, np.sort(np.append(kept, places[0])))
+
+    found = forged(tmp_path, "longest", forge, keep_tokens=9)
+    assert len(found) == 1
+    assert re.search(r"top-k: step 9 .* was kept beyond the number", found[0])
+
+
+def test_the_scores_of_a_method_of_ones_own_are_not_judged_but_its_choices_are(tmp_path: Path) -> None:
+    def forge(columns: dict[str, Any], kept: np.ndarray) -> np.ndarray:
+        others = np.flatnonzero(~columns["selected"])
+        return choose(columns, np.sort(np.append(kept[1:], others[0])))
+
+    settings = selection(method="mine:best", measured=["loss"])
+    for name, change in (("honest", None), ("forged", forge)):
+        run = NumpyRun(root=tmp_path / name, config=selection(method="max_loss"))
+        run.changes = {"selection": settings.as_dict(), "selection_fingerprint": settings.fingerprint()}
+        if change is not None:
+            run.forge = lambda step, columns, kept, change=change: change(columns, kept) if step == 2 else kept
+        run.begin().steps(0, 4).close()
+        report = audit(tmp_path / name)
+        assert [finding.check for finding in report.findings] == ([] if change is None else ["top-k"])
+        assert any("whether the scores are those of mine:best" in text for text in report.unchecked)
 
 
 def test_a_loss_that_is_missing_is_found(tmp_path: Path) -> None:
@@ -521,7 +622,8 @@ def test_the_draw_is_the_one_that_is_made(tmp_path: Path) -> None:
     for step in (0, 7, 12):
         columns, _, _ = run.columns(step)
         epoch, batch = divmod(step, PER_EPOCH)
-        drawn = methods.random(len(columns["score"]), seed=run.config.seed, epoch=epoch, batch=batch)
+        given = some_candidates(len(columns["score"]), seed=run.config.seed, epoch=epoch, batch=batch)
+        drawn = methods.random(given)
         assert np.array_equal(drawn.numpy(), columns["score"])
     assert math.isclose(float(drawn.mean()), 0.5, abs_tol=0.5)
 

@@ -1,9 +1,17 @@
-"""Writes the golden logs of the current schema version. Run it once per version; what is committed never changes again.
+"""Writes the golden logs of a schema version. Run it once per version; what is committed never changes again.
 
-    PYTHONPATH=. python tests/selection_log/make_golden.py tests/selection_log/golden_v1
+    PYTHONPATH=. python tests/selection_log/make_golden.py 1 tests/selection_log/golden_v1
+    PYTHONPATH=. python tests/selection_log/make_golden.py 2 tests/selection_log/golden_v2
+
+Version 1:
 
 full/   two ranks, embeddings="full", a resume that supersedes steps, sealed segments and live write-ahead files
 tail/   one rank, embeddings="tail" in float16, two checkpoints, closed
+
+Version 2:
+
+measured/   one rank, embeddings="none", every column of version 2, nulls in them, a sealed segment and a live write-ahead file
+
 expected.json   the rows and vectors, not read from the logs but from what went into them
 """
 
@@ -17,6 +25,7 @@ from typing import Any
 import numpy as np
 import recorded
 
+from udsstream.selection_log.schema import MEASURES
 from udsstream.selection_log.writer import SelectionLogWriter
 
 RUN = {"run_id": "golden", "streams": [{"name": "a", "location": "streams/a", "licence": "unknown", "date": "unknown"}]}
@@ -64,13 +73,33 @@ def write_tail(root: Path) -> dict[str, Any]:
     return {"rows": rows, "memory": memory.tolist(), "head": head.hex()}
 
 
-def main(folder: Path) -> None:
+def write_measured(root: Path) -> dict[str, Any]:
+    writer = recorded.create(root, embeddings="none", run=RUN, measures=MEASURES, interactions=5)
+    rows: list[dict[str, Any]] = []
+    for step in range(4):
+        more = recorded.measured(step)
+        writer.append(step, recorded.columns(step) | more)
+        for place, row in enumerate(recorded.expected(step)):
+            extra = {name: more[name][place] if name in more else None for name in MEASURES}
+            plain = {name: None if v is None or v is np.ma.masked else v.tolist() for name, v in extra.items()}
+            rows.append(row | plain)
+        if step == 2:
+            writer.seal()
+    head = writer.sync()
+    writer.release()
+    return {"rows": rows, "head": head.hex()}
+
+
+def main(version: int, folder: Path) -> None:
     folder.mkdir()
-    expected = {"full": write_full(folder / "full"), "tail": write_tail(folder / "tail")}
+    if version == 1:
+        expected = {"full": write_full(folder / "full"), "tail": write_tail(folder / "tail")}
+    else:
+        expected = {"measured": write_measured(folder / "measured")}
     (folder / "expected.json").write_text(json.dumps(expected))
     for lock in folder.rglob("lock"):
         lock.unlink()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from udsstream.selection_log.schema import MEASURES
 from udsstream.selection_log.writer import SelectionLogWriter
 
 DIM = 4
@@ -36,6 +37,17 @@ def columns(step: int, rows: int = 5, rank: int = 0, seed: int = 0) -> dict[str,
         "selected": selected,
         "train_order": order,
     }
+
+
+def measured(step: int, rows: int = 5, width: int = 5) -> dict[str, Any]:
+    """The columns of version 2; at step 1 nothing was measured."""
+    if step == 1:
+        return {}
+    rng = np.random.default_rng([step, 2])
+    values = {name: rng.standard_normal(rows).astype(np.float32) for name in MEASURES if name != "interaction"}
+    values["grad_norm"] = np.ma.MaskedArray(values["grad_norm"], mask=np.arange(rows) == 2)
+    values["interaction"] = rng.standard_normal((rows, width)).astype(np.float32)
+    return values
 
 
 def vectors(step: int, rank: int = 0, seed: int = 0, count: int = 2) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The logs of version 1 that are committed beside this file: every later version must read them, and give just this."""
+"""The logs of each version that are committed beside this file: every later version must read them, and give just this."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from udsstream.errors import LogError
 from udsstream.selection_log import recovery, verification
 from udsstream.selection_log.reader import SelectionLog
+from udsstream.selection_log.schema import MEASURES
 from udsstream.selection_log.writer import SelectionLogWriter
 
 GOLDEN = Path(__file__).parent / "golden_v1"
@@ -85,3 +88,66 @@ def test_version_1_can_be_taken_up_again(tmp_path: Path) -> None:
 
 def test_the_writer_named_in_the_golden_log_is_pyarrow() -> None:
     assert recovery.WRITER.startswith("pyarrow ")
+
+
+# Version 2 ----------------------------------------------------------------------------------------------------------------
+
+GOLDEN_2 = Path(__file__).parent / "golden_v2" / "measured"
+HEAD_MEASURED = bytes.fromhex("b06684fff639b2872c98440ea2b8b61e437e14802c59f65100a3c5184077788e")
+
+
+def test_rows_of_version_2() -> None:
+    want = json.loads((GOLDEN_2.parent / "expected.json").read_text())["measured"]["rows"]
+    log = SelectionLog.open(GOLDEN_2)
+    assert log.run["log"]["schema_version"] == 2
+    assert log.run["log"]["measures"] == list(MEASURES)
+    found = log.table().to_pylist()
+    assert len(found) == len(want) == 20
+    assert [{key: row[key] for key in expected_row} for row, expected_row in zip(found, want, strict=True)] == want
+    assert found[2]["grad_norm"] is None
+    assert found[5]["interaction"] is None
+    assert len(found[0]["interaction"]) == 5
+    assert log.verify().rows == 20
+
+
+def test_version_2_can_be_taken_up_again_and_becomes_parquet(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN_2, tmp_path / "log")
+    import recorded
+
+    with SelectionLogWriter.resume(tmp_path / "log", step=4, head=HEAD_MEASURED) as writer:
+        assert writer.interactions == 5
+        writer.append(4, recorded.columns(4) | recorded.measured(4))
+    log = SelectionLog.open(tmp_path / "log")
+    assert log.verify().rows == 25
+    table = pq.read_table(log.to_parquet() / "selection.parquet").drop_columns(["superseded"])
+    assert table.to_pylist() == log.table().to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 1}, "does not follow from the line before it"),
+        ({"measures": []}, "measures|interactions"),
+        (
+            {"measures": ["interaction", "grad_norm"]},
+            "measures=.*, expected some of grad_norm, reference_loss, alignment, interaction",
+        ),
+        ({"measures": ["beauty"]}, "measures=.*'beauty'"),
+        ({"measures": "grad_norm"}, "measures='grad_norm'"),
+        ({"interactions": None}, "interactions=None, expected a positive whole number with the measure"),
+        ({"interactions": 1 << 40}, "interactions=1099511627776"),
+        ({"interactions": -5}, "interactions=-5"),
+        ({"measures": ["grad_norm"]}, "interactions=5, expected .* null without"),
+    ],
+    ids=str,
+)
+def test_a_run_file_of_version_2_that_does_not_fit_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(GOLDEN_2, tmp_path / "log")
+    path = tmp_path / "log" / "run.json"
+    run = json.loads(path.read_text())
+    run["log"] |= changes
+    path.write_text(json.dumps(run))
+    with pytest.raises(LogError, match=message):
+        SelectionLog.open(tmp_path / "log").table()
