@@ -11,6 +11,7 @@ from transformers.trainer import Trainer
 from udsstream.errors import ConfigError, RankError
 from udsstream.hf_trainer.batches import is_empty
 from udsstream.hf_trainer.rows import readable_by_number
+from udsstream.hf_trainer.scored_model import CalledWithBatch
 from udsstream.mosaicml.batch import take_rows
 from udsstream.mosaicml.rng_state import keeps_rng_state
 
@@ -44,6 +45,11 @@ class PartsTrainer(Trainer):
                 "auto_find_batch_size=True starts again with smaller batches when memory runs out, in a log that has begun with larger "
                 "ones; leave it out, and set per_device_train_batch_size"
             )
+
+    def _called_with_batch(self) -> CalledWithBatch:
+        """The model, for scoring."""
+        assert self.model is not None
+        return CalledWithBatch(self.model, self.accelerator.mixed_precision)  # type: ignore[arg-type]
 
     @property
     def _batch_size(self) -> int:

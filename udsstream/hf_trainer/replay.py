@@ -27,7 +27,7 @@ from udsstream.hf_trainer.checkpoint import CheckpointState, newest_whole_checkp
 from udsstream.hf_trainer.logged_rows import LoggedBatches, LoggedRows, collator_of_logged_rows, numbers_by_id
 from udsstream.hf_trainer.parts import PartsTrainer
 from udsstream.hf_trainer.rows import StreamRows
-from udsstream.hf_trainer.scored_model import CalledWithBatch, TrainerDevice
+from udsstream.hf_trainer.scored_model import TrainerDevice
 from udsstream.mosaicml.batch import real_tokens, sample_ids_of
 from udsstream.mosaicml.dataset import stream_identities
 from udsstream.mosaicml.method_inputs import MethodInputs
@@ -202,7 +202,7 @@ class ReplayTrainer(PartsTrainer):
 
     def _selector_of_the_run(self) -> CandidateSelector:
         """A selector with the settings and the memory that the run had before the first update of this replay."""
-        run, config, called = self.selection_log.run, self._config, CalledWithBatch(self.model)  # type: ignore[arg-type]
+        run, config, called = self.selection_log.run, self._config, self._called_with_batch()
         inputs = MethodInputs.of(config, **self._inputs)
         inputs.check_resumed(run)
         selector = CandidateSelector(

@@ -100,7 +100,7 @@ class SelectionRun:
     Args:
         settings: what the user asked for.
         plan: what the Trainer is about to do.
-        model: that it trains, unwrapped.
+        called: the model that it trains.
         device: that it trains on.
         identity: where samples' ids come from.
         source: the data set, if it can tell where its samples come from.
@@ -116,7 +116,7 @@ class SelectionRun:
         settings: RunSettings,
         plan: RunPlan,
         *,
-        model: nn.Module,
+        called: CalledWithBatch,
         device: torch.device,
         identity: SampleIdentity,
         source: SampleSource | None,
@@ -129,7 +129,6 @@ class SelectionRun:
                 f"the Trainer begins at update {plan.step}, but the selection at {0 if loaded is None else loaded.step}: give the "
                 "checkpoint to train(resume_from_checkpoint=)"
             )
-        called = CalledWithBatch(model)
         self.selector = CandidateSelector(
             settings.config,
             called,
@@ -151,7 +150,7 @@ class SelectionRun:
         self._times: tuple[float, float, float] | None = None
         self._metrics: dict[str, float] = {}
         try:
-            self._open_log(settings, loaded, model)
+            self._open_log(settings, loaded, called.model)
         except BaseException:
             self.close()
             raise

@@ -193,7 +193,7 @@ class SelectingTrainer(PartsTrainer):
         self._run = SelectionRun(
             self._settings,
             plan,
-            model=self.model,  # type: ignore[arg-type]
+            called=self._called_with_batch(),
             device=self.args.device,
             identity=self._identity,
             source=sample_source_of(getattr(self._loader, "base_dataloader", self._loader)),
