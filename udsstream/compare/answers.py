@@ -138,15 +138,27 @@ def generate(
 
     Prompts are padded on the left, so that all of a batch go on at once; they are taken by length, so that little is padded.
     """
-    import torch
     from transformers.generation.configuration_utils import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # Not the model's own settings: they may sample, or punish repetition.
     how = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=_ends(model, tokenizer)
     )
     model = model.to(device).eval()
+    # In the place of the model's own, which may sample or punish repetition: if it were only given to `generate`, transformers would
+    # fill it up from them.
+    own, model.generation_config = model.generation_config, how
+    try:
+        return _generate(model, tokenizer, prompts, pad, batch_size, device)
+    finally:
+        model.generation_config = own
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], pad: int, batch_size: int, device: str
+) -> list[str]:
+    import torch
+
     texts = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch_size):
@@ -158,7 +170,7 @@ def generate(
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
         with torch.inference_mode():
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how)
+            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         for row, i in enumerate(numbers):
             texts[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True)
     return texts

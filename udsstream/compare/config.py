@@ -156,4 +156,26 @@ def _run_of(config: CompareConfig, entry: str, seed: int) -> RunConfig:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{entry}\n  cannot be applied: {str(error).splitlines()[0]}") from error
-    return parse_run_config(plain, where=entry)
+    run = parse_run_config(plain, where=entry)
+    _check_inputs(run, entry)
+    return run
+
+
+def _check_inputs(run: RunConfig, entry: str) -> None:
+    """What a run would only notice when its turn comes, perhaps after hours.
+
+    Raises:
+        ConfigError: a method lacks what it needs beside the candidates.
+    """
+    selection, method = run.selection or {}, run.selection_config().method
+    for name, of, what in (
+        ("reference", "rho_loss", "the folder of a log with the losses of a reference model"),
+        ("validation", "greats", "a stream of samples whose loss is to be lowered"),
+    ):
+        if method == of and selection.get(name) is None:
+            raise ConfigError(f"{entry}\n  selection.{name}: missing; method {of} needs it: {what}")
+    reference = selection.get("reference")
+    if method == "rho_loss" and not (Path(str(reference)) / "run.json").exists():
+        raise ConfigError(
+            f"{entry}\n  selection.reference: {reference} holds no log; record the losses first (docs/methods.md)"
+        )
