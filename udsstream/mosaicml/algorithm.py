@@ -400,18 +400,19 @@ class OnlineBatchSelection(Algorithm):
         if decision.scores is None:
             return {}
         self._correlation.add(decision.scores.tolist(), decision.lengths)
-        correlation = self._correlation.value
+        correlation, within = self._correlation.value, self._correlation.within_steps
         if correlation is None:
             return {}
         enough = self._correlation.count >= _CORRELATION_SAMPLES
-        if enough and abs(correlation) > _ALARMING_CORRELATION and not self._warned_of_length:
+        if enough and within is not None and abs(within) > _ALARMING_CORRELATION and not self._warned_of_length:
             self._warned_of_length = True
             log.warning(
-                "Scores and lengths correlate by %.2f over %d candidates: this selection is close to taking the %s samples. "
-                "length_norm='sqrt' or 'tokens' takes the length out; batches of samples of similar length do too.",
-                correlation,
+                "Within a step's candidates, scores and lengths correlate by %.2f (%d candidates): this selection is close to taking the "
+                "%s samples. length_norm='sqrt' or 'tokens' takes the length out; candidates grouped by length do too "
+                "(docs/length_grouping.md).",
+                within,
                 self._correlation.count,
-                "longest" if correlation > 0 else "shortest",
+                "longest" if within > 0 else "shortest",
             )
         return {"selection/score_length_correlation": correlation}
 
