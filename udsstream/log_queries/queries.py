@@ -96,6 +96,8 @@ class Offer(_Answer):
     intra: float | None
     inter: float | None
     score: float | None
+    measured: dict[str, float]
+    """What else the method measured of it, by the log's columns: loss, grad_norm, reference_loss, alignment."""
     candidates: int
     """How many were offered at this step."""
     kept: int
@@ -149,7 +151,7 @@ def sample_history(
     if found.num_rows:
         steps = pc.field("step").isin(found["step"].unique())
         columns = ["attempt", "step", "epoch", "position", "sample_id", "stream", "shard", "shard_index", "tokens"]
-        columns += ["intra", "inter", "score", "selected"]
+        columns += ["intra", "inter", "score", "selected", *other_measures(log.run)]
         offers = tuple(
             _offers(log, log.table(all_attempts=all_attempts, columns=columns, filter=steps), sample_id, current)
         )
@@ -165,6 +167,12 @@ def sample_history(
     )
 
 
+def other_measures(run: Mapping[str, Any]) -> list[str]:
+    """Columns of numbers that the decisions of this log may have beside intra and inter."""
+    later = (run.get("log") or {}).get("measures") or []
+    return ["loss", *(name for name in later if name != "interaction")]
+
+
 def _offers(log: SelectionLog, table: pa.Table, sample_id: int, current: set[tuple[int, int]]) -> Iterator[Offer]:
     table = table.sort_by([("step", "ascending"), ("attempt", "ascending"), ("position", "ascending")])
     steps = _Steps.of(table)
@@ -175,7 +183,7 @@ def _offers(log: SelectionLog, table: pa.Table, sample_id: int, current: set[tup
     kth, following = steps.value_at_rank(score, rank, kept), steps.value_at_rank(score, rank, kept + 1)
     scored = steps.total(~np.isnan(score)) > 0
     by_intra = steps.total(np.isnan(intra)) == 0
-    method = _method(log.run)
+    method, others = _method(log.run), other_measures(log.run)
     for row in np.flatnonzero(table["sample_id"].to_numpy() == sample_id).tolist():
         step = int(steps.of_row[row])
         values = table.slice(row, 1).to_pylist()[0]
@@ -194,6 +202,7 @@ def _offers(log: SelectionLog, table: pa.Table, sample_id: int, current: set[tup
             intra=values["intra"],
             inter=values["inter"],
             score=values["score"],
+            measured={name: values[name] for name in others if values[name] is not None},
             candidates=int(steps.counts[step]),
             kept=int(kept[step]),
             rank=int(rank[row]) if has_score else None,
@@ -212,6 +221,8 @@ def _reason(offer: Offer, *, scored: bool, method: str | None) -> str:
     """Why this became of a candidate, from the numbers of its step."""
     k = offer.kept
     if not scored:
+        if offer.chosen and method == "full":
+            return f"the method full trains on every candidate ({k} of {offer.candidates})"
         if offer.chosen:
             return (
                 f"selection was off at this step: {k} of {offer.candidates} candidates were trained on without a score"
@@ -230,6 +241,12 @@ def _reason(offer: Offer, *, scored: bool, method: str | None) -> str:
         return f"{became} against its score ({place}): the log contradicts itself (see `udsstream audit`)"
     if method == "random":
         return f"{'drawn' if offer.chosen else 'not drawn'} at random: {place}"
+    if method == "selective_backprop":
+        drawn = "drawn" if offer.chosen else "not drawn"
+        return f"{drawn}, by a chance that grows with the percentile of its loss among the candidates: {place}"
+    if method in ("greats", "divbs"):
+        order = f"number {offer.rank} of {offer.candidates} in the order in which {method} takes candidates beside each other"
+        return f"{order}, and {k} were kept"
     if offer.chosen:
         text = f"score {offer.score:.6g}, {place}"
         if offer.next_score is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
@@ -58,20 +58,26 @@ def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: 
         return
     console = console or Console()
     console.print(f"Step {step}, epoch {table['epoch'][0].as_py()}", highlight=False)
-    shown = _table("place", "sample", "stream", "tokens", *_VALUES, "kept")
-    for row in table.to_pylist():
+    rows = table.to_pylist()
+    names = _shown(name for name in table.column_names if any(row[name] is not None for row in rows))
+    shown = _table("place", "sample", "stream", "tokens", *names, "kept")
+    for row in rows:
         shown.add_row(
             str(row["position"]),
             str(row["sample_id"]),
             "" if row["stream"] is None else escape(stream_name(log.run, row["stream"])),
             str(row["tokens"]),
-            *(number(row[name]) for name in _VALUES),
+            *(number(row[name]) for name in names),
             "" if row["train_order"] is None else f"no. {row['train_order'] + 1}",
         )
     console.print(shown)
 
 
-_VALUES = ("intra", "inter", "score")
+def _shown(known: Iterable[str]) -> list[str]:
+    """Of these columns those that a decision was made of, in the order in which they are read."""
+    names = set(known)
+    values = ("intra", "inter", "loss", "reference_loss", "grad_norm", "alignment", "score")
+    return [name for name in values if name in names]
 
 
 def print_history(history: SampleHistory, *, console: Console | None = None) -> None:
@@ -104,16 +110,18 @@ def print_history(history: SampleHistory, *, console: Console | None = None) -> 
     lengths = sorted({offer.tokens for offer in history.offers})
     _say(console, f"It has {' or '.join(f'{tokens:,}' for tokens in lengths)} tokens.")
     attempts = ["attempt"] if any(offer.attempt for offer in history.offers) else []
-    shown = _table(*attempts, "step", "epoch", "place", *_VALUES, "rank", "chosen")
-    for offer in history.offers:
+    values = [
+        {"intra": offer.intra, "inter": offer.inter, "score": offer.score, **offer.measured} for offer in history.offers
+    ]
+    names = _shown(name for row in values for name, value in row.items() if value is not None)
+    shown = _table(*attempts, "step", "epoch", "place", *names, "rank", "chosen")
+    for offer, row in zip(history.offers, values, strict=True):
         shown.add_row(
             *([f"({offer.attempt})" if offer.superseded else str(offer.attempt)] if attempts else []),
             str(offer.step),
             str(offer.epoch),
             str(offer.position),
-            number(offer.intra),
-            number(offer.inter),
-            number(offer.score),
+            *(number(row.get(name)) for name in names),
             "" if offer.rank is None else f"{offer.rank} of {offer.candidates}",
             "yes" if offer.chosen else "no",
         )
