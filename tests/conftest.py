@@ -29,6 +29,11 @@ settings.load_profile("repeatable")
 # A data set keeps a dozen files of shared memory open until its process ends.
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--llm-foundry", metavar="DIR", help="environment that tests/llm_foundry/environment.py made")
+
+
 _blocks: list[Any] = []
 """The blocks of shared memory that this process has made or opened since the last test ended."""
 

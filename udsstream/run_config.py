@@ -166,7 +166,7 @@ class DataConfig(CandidatesConfig):
     batch_size: PositiveInt
     """Candidates per step and rank. `selection.keep` is of those of all ranks."""
     length_group_batches: Annotated[int, Field(ge=2)] | None = None
-    """So many global batches are sorted by length together, for candidates of similar length (docs/length_grouping.md). None: as they come."""
+    """So many global batches are sorted by length together, for candidates of like length (docs/length_grouping.md). None: as they come."""
 
 
 class _HeldOut(_Section):

@@ -23,8 +23,8 @@ from streaming import MDSWriter
 
 from udsstream.demo import smollm2, stdlib_docstrings
 from udsstream.mosaicml.batch import real_tokens, scoring_microbatches
-from udsstream.mosaicml.scoring_pass import PassProgress
 from udsstream.mosaicml.measuring import forward_cost
+from udsstream.mosaicml.scoring_pass import PassProgress
 from udsstream.mosaicml.trunk import ModelParts, neutral
 from udsstream.scoring_config import load_scoring_config
 from udsstream.scoring_job import build_pass

@@ -104,7 +104,9 @@ def kill_and_compare(processes, tmp_path: Path, streams: tuple[str, ...], kind: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [(kind, 6 if kind in ("full training", "LoRA", "2 workers") else 2) for kind in KINDS])
+@pytest.mark.parametrize(
+    ("kind", "kills"), [(kind, 6 if kind in ("full training", "LoRA", "2 workers") else 2) for kind in KINDS]
+)
 def test_killed_anywhere_and_resumed_it_is_the_same_run(streams, processes, tmp_path, kind, kills):
     kill_and_compare(processes, tmp_path, streams, kind, kills, seed=1)
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from udsstream.config import SelectionConfig, config_difference
 from udsstream.errors import LogError, ResumeError
+from udsstream.mosaicml.metrics import TokenTotals
+from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.selection_log.files import make_dirs, read_small, replace_file, write_errors
 
 __all__ = ["CheckpointState", "newest_whole_checkpoint"]
@@ -127,9 +129,12 @@ class CheckpointState:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r}")
-        for name in ("config", "inputs", "correlation", "tokens"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} is no object")
+        for name, kind in (("config", object), ("inputs", dict), ("correlation", (int, float)), ("tokens", int)):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(item, kind) for item in value.values()):
+                raise ValueError(f"{name} is no object of such values")
+        LengthCorrelation(**self.correlation)  # type: ignore[arg-type]
+        TokenTotals(**self.tokens)
         if len(bytes.fromhex(self.memory_digest)) != 32 or not isinstance(self.sample_ids, str):
             raise ValueError("memory_digest or sample_ids is of another kind")
         if self.log is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from udsstream.mosaicml.batch import take_rows
 from udsstream.mosaicml.rng_state import keeps_rng_state
 
 __all__ = ["PartsTrainer"]
+
+log = logging.getLogger(__name__)
 
 
 class PartsTrainer(Trainer):
@@ -73,6 +77,17 @@ class PartsTrainer(Trainer):
         """As `Trainer.evaluate`, but training goes on as if nothing had been evaluated: the random state is put back."""
         with keeps_rng_state():
             return super().evaluate(*args, **kwargs)
+
+    def _taken(self, epoch_iterator: Iterator, wanted: int) -> list[Any]:
+        """The batches of the next update; none at an epoch's end, and none when a run is resumed that had come to its end.
+
+        (A Trainer that resumes from a run's last checkpoint would make one update more.)
+        """
+        if self.state.global_step >= self.state.max_steps:
+            log.warning("The run had come to its end at update %d: nothing is left to train.", self.state.global_step)
+            self.control.should_training_stop = True
+            return []
+        return list(itertools.islice(epoch_iterator, wanted))
 
     def _counted(self, parts: Sequence[Mapping[str, Any]], wanted: int, *args: Any) -> Any:
         """The parts of an update as `get_batch_samples` returns them, with the number of their labels, by which the loss is divided.

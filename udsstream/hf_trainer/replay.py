@@ -10,7 +10,6 @@ it is a re-use of the data; what is known to differ is in `differences`.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -142,7 +141,7 @@ class ReplayTrainer(PartsTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> Any:  # type: ignore[override]
         """The parts that the run trained on in this update."""
-        found = list(itertools.islice(epoch_iterator, num_batches))
+        found = self._taken(epoch_iterator, num_batches)
         if not found:
             return self._counted([], num_batches, *args)
         logged = self.decisions[self.state.global_step]

@@ -12,7 +12,6 @@ One process with one device: everything else is refused (Composer's adapter has 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ class SelectingTrainer(PartsTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> Any:  # type: ignore[override]
         """The batches of an update, of which only the rows worth most are left; and, as the Trainer counts, how many labels these have."""
-        candidates = list(itertools.islice(epoch_iterator, num_batches))
+        candidates = self._taken(epoch_iterator, num_batches)
         kept: list[dict[str, Any]] = []
         if candidates:
             assert self._run is not None
