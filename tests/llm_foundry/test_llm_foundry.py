@@ -110,6 +110,7 @@ class Foundry:
             config["model"] = {
                 "name": "mpt_causal_lm",
                 "init_device": "cpu",
+                "loss_fn": "torch_crossentropy",  # its default needs flash-attn
                 "d_model": 32,
                 "n_heads": 4,
                 "n_layers": 2,
