@@ -22,6 +22,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from streaming import MDSWriter
+from transformers import AutoTokenizer
 
 from udsstream import SelectionLog
 from udsstream.audit.run import audit
@@ -51,6 +52,10 @@ def inputs(tmp_path_factory) -> Path:
     """A model and its tokenizer, the same pairs as JSON Lines and as a stream, and texts and tokens as streams; 61 samples each."""
     root = tmp_path_factory.mktemp("inputs")
     jobs.write_model(root / "model")
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    if tokenizer.pad_token is None:  # llm-foundry's text loader asks for one, though it packs rows full
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.save_pretrained(root / "model")
     (root / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     jobs.write_rows(root / "pairs" / "train", PAIRS)
     jobs.write_rows(root / "texts" / "train", [{"text": f"{pair['prompt']} {pair['response']}"} for pair in PAIRS])
@@ -184,8 +189,6 @@ def test_the_log_is_whole_and_says_what_ids_are(way):
 
 def test_ids_name_their_samples(way, inputs):
     """Lengths in the log are those of the samples that the ids name."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     table = way.log("whole").table(columns=["sample_id", "tokens"]).to_pandas()
     for number, tokens in table.itertuples(index=False):
