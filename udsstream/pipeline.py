@@ -57,6 +57,7 @@ __all__ = [
     "TrainingResult",
     "build_model",
     "build_trainer",
+    "close",
     "collator_of",
     "eval_loss",
     "join_ranks",
@@ -104,7 +105,7 @@ def train(config: RunConfig) -> TrainingResult:
             eval_loss_after=eval_loss(trainer) if config.eval is not None else None,
         )
     finally:
-        trainer.close()
+        close(trainer)
     on_rank_zero(lambda: write_atomically(folder / SUMMARY, json.dumps(asdict(result), indent=2) + "\n"))
     return result
 
@@ -188,6 +189,18 @@ def build_trainer(
         progress_bar=config.progress_bar,
         auto_log_hparams=False,
     )
+
+
+def close(trainer: Trainer) -> None:
+    """Ends a Trainer, and lets go of its streams' local folders: it may live on in the caches of torch, as the key of a model."""
+    trainer.close()
+    for loader in (
+        trainer.state.train_dataloader,
+        *(evaluator.dataloader.dataloader for evaluator in trainer.state.evaluators),
+    ):
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(dataset, UDSStreamingDataset):
+            dataset.close()
 
 
 def build_model(config: ModelConfig) -> HuggingFaceModel:

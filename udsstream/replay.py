@@ -27,7 +27,7 @@ from udsstream.errors import ConfigError, ReplayError
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
-from udsstream.pipeline import build_trainer, eval_loss, join_ranks
+from udsstream.pipeline import build_trainer, close, eval_loss, join_ranks
 from udsstream.run_config import RunConfig, StreamConfig, config_changes, load_run_config
 from udsstream.run_folder import CONFIG, claim_folder, unfinished_folder, write_atomically
 from udsstream.selection_log.reader import SelectionLog
@@ -178,7 +178,7 @@ def replay(
             eval_loss_after=eval_loss(trainer) if config.eval is not None else None,
         )
     finally:
-        trainer.close()
+        close(trainer)
     written = json.dumps(request | {"finished": True} | result.as_dict(), indent=2) + "\n"
     on_rank_zero(lambda: write_atomically(out / _REPLAY, written))
     return result

@@ -266,6 +266,20 @@ def test_a_cache_that_another_data_set_uses_is_refused(stream, tmp_path, short_w
     assert sorted(ids_of(open_stream(cache, remote=str(stream)))) == list(range(SAMPLES))
 
 
+def test_closing_frees_a_cache_in_the_middle_of_an_epoch(stream, tmp_path, short_wait):
+    """As after a job of this process that ended with `max_duration`: threads of the epoch hold the data set."""
+    cache = tmp_path / "cache"
+    holder = open_stream(cache, remote=str(stream))
+    epoch = iter(holder)
+    next(epoch)
+    with pytest.raises(DataError, match=r"call its close\(\)"):
+        open_stream(cache, remote=str(stream))
+    holder.close()
+    assert sorted(ids_of(open_stream(cache, remote=str(stream)))) == list(range(SAMPLES))
+    holder.close()
+    assert len(ids_of(holder)) == SAMPLES, "it can be used again"
+
+
 def test_a_cache_is_free_as_soon_as_its_killed_user_is_gone(processes, stream, tmp_path):
     """As after kill -9 and an immediate new start: workers of the dead process live on for up to five seconds."""
     meeting, cache = Meeting(tmp_path / "meeting"), tmp_path / "cache"

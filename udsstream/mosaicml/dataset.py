@@ -84,6 +84,18 @@ class UDSStreamingDataset(StreamingDataset):
             index = str(error).partition(": ")[2].rstrip(".")
             raise DataError(f"the stream with the index {index} holds no samples; leave it out, or fill it") from error
 
+    def close(self) -> None:
+        """Ends what an unfinished epoch has running and lets go of the local folders, so that another data set may use them as its cache.
+
+        Streaming's threads of an epoch that nobody iterates to its end live on, and the data set with them. It can be iterated again.
+        """
+        if hasattr(self, "_iterator"):
+            self._iterator.non_blocking_exit()
+        if hasattr(self, "_executor"):
+            self._executor.shutdown()  # waits for a download that has begun
+            del self._executor
+        self.__del__()
+
     def group_by_length(self, batches: int, lengths: np.ndarray) -> None:
         """From now on batches have samples of similar length: each `batches` global batches of an epoch are sorted by length together.
 

@@ -20,6 +20,7 @@ made here uses its cache. Where shared memory is no folder (macOS) nothing is re
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import secrets
 import threading
@@ -168,15 +169,21 @@ def _refuse_used_caches(streams_local: Sequence[str], streams_remote: Sequence[s
     """DataError when another data set uses the folder that one of these streams is to be downloaded to: each would remove its shards."""
     caches = {local for local, remote in zip(streams_local, streams_remote, strict=True) if remote is not None}
     end = time.monotonic() + _CACHE_WAIT_SECONDS
+    collected = False
     while caches:
         used = {folder: path for path in _FOLDER.glob(f"*_{LOCALS}") for folder in _locals_in(path) if folder in caches}
         if not used:
             return
+        if not collected:
+            gc.collect()  # a Trainer that nobody uses any more is a cycle of references, and has a data set
+            collected = True
+            continue
         if time.monotonic() > end:
             folder, path = next(iter(used.items()))
             raise DataError(
                 f"the local folder {folder}, to which a stream is to be downloaded, is in use by another data set ({path}); give each its "
-                "own local=. If no other job runs on this machine, one that was killed left this file: remove it"
+                "own local=, or, if this process made it, call its close(). If no other job runs on this machine, one that was "
+                "killed left this file: remove it"
             )
         time.sleep(0.05)
         remove_what_ended_jobs_left()
