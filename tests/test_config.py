@@ -13,7 +13,11 @@ from udsstream.config import PUBLISHED_ALPHA, SelectionConfig, config_difference
 from udsstream.errors import ConfigError
 
 MISTAKES = [
-    ("method", "udss", "'udss' is none of uds, uds_intra, uds_inter, max_loss, longest, random"),
+    (
+        "method",
+        "udss",
+        "'udss' is none of uds, uds_intra, uds_inter, max_loss, max_grad, selective_backprop, rho_loss, greats, divbs",
+    ),
     ("method", None, "None is none of"),
     ("scope", "local", "'local' is none of global, rank"),
     ("projection_scale", "iso", "'iso' is none of isometric, reference"),
@@ -27,6 +31,9 @@ MISTAKES = [
     ("keep", True, "True is neither"),
     ("keep", "0.25", "'0.25' is neither"),
     ("keep", None, "None is neither"),
+    ("keep_tokens", 0, "0 is not an integer of at least 1"),
+    ("keep_tokens", 512.0, "512.0 is not an integer"),
+    ("measured", ("loss",), "the method 'uds' knows by itself what it measures"),
     ("alpha", -1.0, "-1.0 is not a finite number of at least 0"),
     ("alpha", float("nan"), "nan is not"),
     ("alpha", float("inf"), "inf is not"),
@@ -160,6 +167,7 @@ def test_alpha_is_the_published_one_in_the_units_of_the_projection():
 CHANGES = {
     "method": "random",
     "keep": 0.5,
+    "keep_tokens": 512,
     "alpha": 0.1,
     "buffer_size": 7,
     "projection_dims": (128, 4),
@@ -187,7 +195,13 @@ def test_the_fingerprint_changes_with_each_deciding_field(field):
 
 def test_the_fingerprint_covers_all_fields_but_the_embeddings_kept():
     names = {field.name for field in dataclasses.fields(SelectionConfig)}
-    assert names - set(CHANGES) == {"embeddings"}
+    assert names - set(CHANGES) == {"embeddings", "measured"}
+    own = {"method": "my_methods:mine"}
+    measuring = {
+        measured: SelectionConfig(**own, measured=measured).fingerprint()
+        for measured in ((), ("loss",), ("loss", "intra"))
+    }
+    assert len(set(measuring.values())) == len(measuring)
     for record in ("full", "none"):
         assert SelectionConfig(embeddings=record).fingerprint() == SelectionConfig().fingerprint()
 

@@ -167,7 +167,14 @@ def declared() -> set[str]:
     return names
 
 
-BROUGHT = {"jinja2": "torch", "xxhash": "mosaicml-streaming", "tokenizers": "transformers", "yaml": "omegaconf"}
+BROUGHT = {
+    "accelerate": "peft",
+    "jinja2": "torch",
+    "safetensors": "transformers",
+    "tokenizers": "transformers",
+    "xxhash": "mosaicml-streaming",
+    "yaml": "omegaconf",
+}
 """Imported, and not asked for but by something that is: by which distribution."""
 EXTRAS = {"cryptography": "attest", "gguf": "demo"}
 """Imported by a function that an extra of pyproject.toml is for."""

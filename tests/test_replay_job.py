@@ -185,7 +185,7 @@ def test_weights_that_differ_for_no_known_reason_are_said(run, tmp_path, monkeyp
 
 def test_a_decision_that_diverges_is_said(run, tmp_path, monkeypatch, capsys):
     """When decisions are made again, what is far from the memory counts for less instead of more."""
-    monkeypatch.setattr(methods, "uds", lambda intra, inter, alpha: (intra - 1e4 * inter).float())
+    monkeypatch.setitem(methods.METHODS, "uds", lambda given: (given["intra"] - 1e4 * given["inter"]).float())
     code, out, _ = udsstream(
         monkeypatch, capsys, "replay", str(run), "--verify", "--out", str(tmp_path / "x"), "--json"
     )

@@ -83,7 +83,8 @@ def test_every_mistake_has_a_line_with_its_path():
 
 def test_selection_mistakes_have_their_path_too():
     assert mistakes(selection={"keep": 0.0, "method": "magic", "seed": -1}) == [
-        "selection.method: 'magic' is none of uds, uds_intra, uds_inter, max_loss, longest, random",
+        "selection.method: 'magic' is none of uds, uds_intra, uds_inter, max_loss, max_grad, selective_backprop, rho_loss, greats, divbs, "
+        "longest, random, full, and no function",
         "selection.seed: -1 is not an integer of at least 0",
         "selection.keep: the fraction 0.0 is not in (0, 1]; a count is given as an integer of at least 1",
     ]

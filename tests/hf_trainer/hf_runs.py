@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ class HFRun:
 
     def run_and_save(self) -> None:
         """Trains to the end in a process of its own, from the newest checkpoint if there is one; the weights go to `weights.pt`."""
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+        ):  # of another test's Trainer, which the fork server inherits
+            os.environ.pop(name, None)
         resume = any(Path(self.folder).glob("checkpoint-*/trainer_state.json"))
         torch.save(self.run(resume=resume), Path(self.folder) / "weights.pt")
 

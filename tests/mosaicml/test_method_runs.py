@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def rows_of(log: SelectionLog) -> list[dict[str, np.ndarray]]:
     step = table["step"].to_numpy()
     parts = [table.filter(np.equal(step, number)) for number in np.unique(step)]
     return [{name: np.array(part[name].to_pylist()) for name in part.column_names} for part in parts]
+
+
+def test_the_method_of_ones_own_of_the_guide_runs(streams, tmp_path):
+    """docs/methods.md, its ten lines: the scores in the log are those that they compute from what the log says was measured."""
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {"__name__": "methods_guide"}
+    exec(compile(block, str(page), "exec"), names)
+    method = names["hard_and_rich"]
+    run = TinyRun(streams=streams, folder=str(tmp_path), duration="5ba", selection={"method": method, "keep": 0.25})
+    run.run()
+    log = log_of(run)
+    assert log.run["selection"]["method"] == "methods_guide:hard_and_rich" == names["selection"].config.method_name
+    for rows in rows_of(log):
+        loss, intra, tokens = (rows[name].astype(np.float32) for name in ("loss", "intra", "tokens"))
+        np.testing.assert_array_equal(rows["score"], loss * intra / tokens)
+        assert set(rows["score"][rows["selected"]]) == set(np.sort(rows["score"])[-2:])
 
 
 @pytest.mark.parametrize("method", ["max_grad", "selective_backprop", "rho_loss", "greats", "divbs", "own"])
