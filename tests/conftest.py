@@ -81,6 +81,9 @@ def _epochs_are_ended() -> Iterator[None]:
     for iterator in _iterators:
         iterator.non_blocking_exit()
     _iterators.clear()
+    names = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if names is not None:
+        names._get_fqns.cache_clear()  # has models as keys, and through them whole Trainers: gigabytes by the end
 
 
 def _recorded_iterator(sample_ids: Any) -> Any:

@@ -190,6 +190,40 @@ def test_streams_that_are_still_being_written_are_refused(config_file, tmp_path)
         pipeline.train(load_run_config(config_file, [f"data.streams_root={tmp_path / 'streams'}"]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.prompt_key=question"], r"data.streams_root: \S+animals has none of the known forms: its columns are 'prompt', 'response'"),
+        (["data.format=text"], r"data.streams_root: \S+animals has no column 'text'; it has 'prompt', 'response'"),
+        (["data.streams_root=null", "data.streams=[{local: DATA/train/numbers}]", "data.format=messages"],
+         r"data.streams.0: \S+numbers has no column 'messages'"),
+    ],
+)  # fmt: skip
+def test_columns_are_looked_at_before_a_model_is_loaded(config_file, data, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setattr(pipeline, "build_model", lambda _: pytest.fail("it was loaded"))
+    config = load_run_config(config_file, [override.replace("DATA", str(data)) for override in overrides])
+    with pytest.raises(DataError, match=message):
+        pipeline.train(config)
+    assert not (tmp_path / "run").exists(), "and the folder is still free"
+
+
+def test_the_held_out_stream_s_columns_too(config_file, tmp_path):
+    write_rows(tmp_path / "other", [{"question": "why", "answer": "because"}])
+    with pytest.raises(
+        DataError, match=r"eval: \S+other has none of the known forms: its columns are 'answer', 'question'"
+    ):
+        pipeline.train(load_run_config(config_file, [f"eval.local={tmp_path / 'other'}"]))
+
+
+def test_a_folder_whose_job_came_to_nothing_can_be_used_again(config_file, tmp_path):
+    with pytest.raises(ModelError):
+        pipeline.train(load_run_config(config_file, [f"model.name={tmp_path / 'nothing'}"]))
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert pipeline.train(load_run_config(config_file, ["max_duration=1ba"])).batches == 1
+    with pytest.raises(LogExistsError):
+        pipeline.train(load_run_config(config_file, ["max_duration=1ba"]))
+
+
 def test_an_empty_stream_is_refused(config_file, tmp_path):
     write_rows(tmp_path / "streams" / "full", [{"prompt": "a", "response": "a"}] * 8)
     with MDSWriter(out=str(tmp_path / "streams" / "empty"), columns={"prompt": "str", "response": "str"}):
@@ -213,7 +247,7 @@ def test_a_damaged_shard_is_found_before_training(config_file, tmp_path):
 def test_a_mistake_is_printed_without_a_traceback(config_file, monkeypatch, capsys):
     code, _, err = udsstream(monkeypatch, capsys, "train", str(config_file), "seeed=3")
     assert code == 1
-    assert err == f"udsstream: ConfigError: {config_file}: 1 mistake\n  seeed: unknown key\n"
+    assert err == f"udsstream: ConfigError: {config_file}: 1 mistake\n  seeed: unknown key; did you mean seed?\n"
 
 
 def test_more_to_be_kept_than_there_are_is_refused_before_training(config_file):

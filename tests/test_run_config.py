@@ -65,7 +65,7 @@ def test_overrides_reach_into_sections_and_lists(tmp_path):
 
 
 def test_every_mistake_has_a_line_with_its_path():
-    lines = mistakes(
+    *lines, colour = mistakes(
         colour="red",
         max_duration="10 minutes",
         model={"name": "m", "lora": {"rank": 8}},
@@ -74,11 +74,31 @@ def test_every_mistake_has_a_line_with_its_path():
     )
     assert lines == [
         "max_duration: string should match pattern '^\\d+(ba|ep|sp|tok)$'; found '10 minutes'",
-        "model.lora.rank: unknown key",
+        "model.lora.rank: unknown key; known are alpha, dropout, r, target_modules",
         "data.batch_size: input should be a valid integer; found '8'",
         "optimizer.lr: input should be greater than 0; found -1.0",
-        "colour: unknown key",
     ]
+    assert colour.startswith("colour: unknown key; known are autoresume, data, device, ")
+
+
+def test_the_selection_s_mistakes_are_listed_with_the_others():
+    assert mistakes(selection={"keep": "25%"}, max_seq_len="many", sead=3) == [
+        "max_seq_len: input should be a valid integer; found 'many'",
+        "selection.keep: '25%' is neither a fraction in (0, 1] nor a count of at least 1",
+        "sead: unknown key; did you mean seed?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"data": {"streams": [{"locl": "x"}]}}, "data.streams.0.locl: unknown key; did you mean local?"),
+        ({"eval": {"local": "x", "intervall": "1ba"}}, "eval.intervall: unknown key; did you mean interval?"),
+        ({"optimizer": {"learning_rate": 1.0}}, "optimizer.learning_rate: unknown key; known are betas, eps, lr, weight_decay"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_the_one_that_was_meant(settings, line):
+    assert line in mistakes(**settings)
 
 
 def test_selection_mistakes_have_their_path_too():

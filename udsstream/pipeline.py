@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from udsstream.evals import append_eval, append_resumption
 from udsstream.job_folder import WORK
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, stream_identities, verify_shards
+from udsstream.mosaicml.interruption import Interruption, ignore_interrupts
 from udsstream.mosaicml.lengths import count_lengths, remembered_lengths
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
@@ -50,8 +51,9 @@ from udsstream.run_config import (
     StreamConfig,
     ValidationConfig,
 )
-from udsstream.run_folder import SUMMARY, claim_folder, write_atomically
-from udsstream.sft import SFTCollator, num_tokens
+from udsstream.run_folder import INITIAL_EVAL, SUMMARY, claim_folder, write_atomically
+from udsstream.sft import SFTCollator, check_columns, num_tokens
+from udsstream.stream_index import parse_index
 
 __all__ = [
     "TrainingResult",
@@ -80,18 +82,24 @@ class TrainingResult:
     eval_loss_after: float | None
 
 
-def train(config: RunConfig) -> TrainingResult:
-    """Trains, or goes on training, and writes the run's folder.
+def train(config: RunConfig, interruption: Interruption | None = None) -> TrainingResult:
+    """Trains, or goes on training, and writes the run's folder. With an `interruption`, Ctrl-C saves before it ends the job.
 
     Raises:
         LogExistsError: `save_folder` holds a run and `autoresume` is off.
         ResumeError: `autoresume` is on, but the run there was made with another configuration.
         UdsstreamError: see `udsstream.errors`.
     """
+    _check_columns(config)
     folder = Path(config.save_folder)
     join_ranks(config.device)
     on_rank_zero(lambda: claim_folder(folder, config))
-    trainer = build_trainer(config, callbacks=[_HeldOutLosses(folder)] if config.eval is not None else [])
+    interruption = interruption or Interruption()
+    trainer = build_trainer(
+        config,
+        callbacks=[interruption, *([_HeldOutLosses(folder)] if config.eval is not None else [])],
+        save_interval=interruption.saving(config.save_interval),
+    )
     try:
         before = _initial_loss(trainer, config, folder)
         if trainer.state.timestamp < config.max_duration:
@@ -126,6 +134,7 @@ def build_trainer(
     replay: ReplaySelection | None = None,
     checkpoint: Path | None = None,
     callbacks: Sequence[Callback] = (),
+    save_interval: Callable[[State, Event], bool] | None = None,
 ) -> Trainer:
     """The Trainer of a run, with its checkpoint loaded if there is one to resume from.
 
@@ -134,6 +143,7 @@ def build_trainer(
         replay: trains on what its log names, instead of selecting.
         checkpoint: to begin from, whole; where there is none to resume from.
         callbacks: in addition.
+        save_interval: when to save, as a Trainer takes it, instead of the configuration's.
     """
     device = join_ranks(config.device)
     reproducibility.seed_all(config.seed)
@@ -178,7 +188,7 @@ def build_trainer(
         accumulate_train_batch_on_tokens=True,
         run_name=folder.name,
         save_folder=str(folder / "checkpoints"),
-        save_interval=config.save_interval,
+        save_interval=save_interval or config.save_interval,
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         save_overwrite=config.autoresume,
         autoresume=config.autoresume,
@@ -292,6 +302,7 @@ def _train_loader(config: RunConfig, model: HuggingFaceModel, replay: ReplaySele
         "num_workers": data.num_workers,
         "timeout": data.timeout if data.num_workers else 0,
         "collate_fn": collator,
+        "worker_init_fn": ignore_interrupts,
     }
     loader = (
         replay.dataloader(dataset, **workers) if replay else DataLoader(dataset, batch_size=data.batch_size, **workers)
@@ -376,6 +387,36 @@ def streams_of(data: CandidatesConfig) -> list[Stream]:
     return [_stream(number, stream) for number, stream in enumerate(data.streams)]
 
 
+def _check_columns(config: RunConfig) -> None:
+    """Whether the rows of local streams can be tokenised: before a model is loaded. Others are known only once they are fetched."""
+    data = config.data
+    indexes: dict[str, Path] = {}
+    if data.streams_root is not None:
+        indexes = {
+            f"data.streams_root: {index.parent}": index
+            for index in sorted(Path(data.streams_root).glob("*/index.json"))
+        }
+    for name, stream in (
+        *((f"data.streams.{number}", stream) for number, stream in enumerate(data.streams)),
+        ("eval", config.eval),
+    ):
+        if stream is not None and stream.remote is None:
+            indexes[f"{name}: {stream.local}"] = Path(stream.local or "") / (stream.split or "") / "index.json"
+    for name, index in indexes.items():
+        if not index.exists():
+            continue  # said where the stream is opened
+        for shard in parse_index(index.read_bytes())[:1]:
+            check_columns(
+                [str(column) for column in shard.entry.get("column_names", ())],
+                name,
+                format=data.format,
+                prompt_key=data.prompt_key,
+                response_key=data.response_key,
+                messages_key=data.messages_key,
+                text_key=data.text_key,
+            )
+
+
 def _stream(number: int, settings: StreamConfig) -> Stream:
     try:
         return Stream(**settings.model_dump(exclude_none=True))
@@ -426,7 +467,7 @@ def _initial_loss(trainer: Trainer, config: RunConfig, folder: Path) -> float | 
     """The held-out loss before the first step: measured once, and remembered over interruptions."""
     if config.eval is None:
         return None
-    path = folder / "initial_eval.json"
+    path = folder / INITIAL_EVAL
     remembered = on_rank_zero(lambda: json.loads(path.read_text())["loss"] if path.exists() else None)
     if remembered is not None:
         if trainer.state.timestamp.batch.value == 0:

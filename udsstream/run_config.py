@@ -7,13 +7,15 @@ type or an impossible combination is one line each, with the key's path. The sel
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from yaml import YAMLError
 
 from udsstream.config import SelectionConfig
@@ -229,14 +231,14 @@ class RunConfig(_Section):
     model: ModelConfig
     data: DataConfig
     eval: EvalConfig | None = None
+    max_seq_len: Annotated[int, Field(ge=2)] = 2048
+    """Longest sample, in tokens, for tokenising and scoring alike."""
     selection: dict[str, Any] | None = {}
     """Settings of `udsstream.SelectionConfig` but `max_seq_len`, and of `OnlineBatchSelection`: trunk, head, warm_start, reference,
     validation (see `ValidationConfig`). None (null): train on everything, without a log."""
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     gradient_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    max_seq_len: Annotated[int, Field(ge=2)] = 2048
-    """Longest sample, in tokens, for tokenising and scoring alike."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     device: Literal["cpu", "gpu", "mps"] | None = None
     """None: a GPU where there is one."""
@@ -254,24 +256,18 @@ class RunConfig(_Section):
 
     @field_validator("selection")
     @classmethod
-    def _selection_is_valid(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _selection_is_valid(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
         if value is None:
             return None
-        check_selection(value, more=_BESIDE)
+        check_selection(value, more=_BESIDE, max_seq_len=info.data.get("max_seq_len"))
         if "validation" in value:
             try:
                 ValidationConfig.model_validate(value["validation"])
             except ValidationError as error:
                 raise ValueError(
-                    "\n".join(f"validation.{line}" for e in error.errors() for line in _lines(e))
+                    "\n".join(f"validation.{line}" for e in error.errors() for line in _lines(e, ValidationConfig))
                 ) from None
         return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> RunConfig:
-        if self.selection is not None:
-            self.selection_config()
-        return self
 
     def selection_config(self) -> SelectionConfig:
         """The selection's settings.
@@ -285,8 +281,13 @@ class RunConfig(_Section):
         return SelectionConfig(**own, max_seq_len=self.max_seq_len)
 
 
-def check_selection(value: dict[str, Any], *, more: Sequence[str]) -> dict[str, Any]:
-    """The settings of a selection as they are; ValueError names the keys that are neither SelectionConfig's nor among `more`."""
+def check_selection(value: dict[str, Any], *, more: Sequence[str], max_seq_len: int | None) -> dict[str, Any]:
+    """The settings of a selection as they are. `max_seq_len` None: it is itself a mistake, and what depends on it is not checked.
+
+    Raises:
+        ValueError: names the keys that are neither SelectionConfig's nor among `more`.
+        ConfigError: their values cannot be used.
+    """
     known = {field.name for field in dataclasses.fields(SelectionConfig)} | set(more)
     if "max_seq_len" in value:
         raise ValueError("max_seq_len: is given once, at the top level")
@@ -295,6 +296,8 @@ def check_selection(value: dict[str, Any], *, more: Sequence[str]) -> dict[str, 
     ]
     if unknown:
         raise ValueError("\n".join(unknown))
+    own = {key: setting for key, setting in value.items() if key not in more}
+    SelectionConfig(**own, max_seq_len=sys.maxsize if max_seq_len is None else max_seq_len)
     return value
 
 
@@ -349,7 +352,7 @@ def parse_settings(kind: type[Settings], settings: Any, *, where: str) -> Settin
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _lines(problem)]
+        lines = [line for problem in error.errors() for line in _lines(problem, kind)]
         raise ConfigError(
             f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {line}" for line in lines)
         ) from None
@@ -365,7 +368,7 @@ def config_changes(old: RunConfig, new: RunConfig, *, may_change: Sequence[str] 
     ]
 
 
-def _lines(problem: Any) -> list[str]:
+def _lines(problem: Any, kind: type[BaseModel]) -> list[str]:
     path = ".".join(map(str, problem["loc"]))
     if problem["type"] == "value_error":
         error = problem["ctx"]["error"]
@@ -375,10 +378,34 @@ def _lines(problem: Any) -> list[str]:
         joiner = "." if path == "selection" else ": "
         return [f"{path}{joiner}{row}" if path else row for row in rows]
     if problem["type"] == "extra_forbidden":
-        return [f"{path}: unknown key"]
+        return [f"{path}: unknown key{_instead(str(problem['loc'][-1]), _keys_at(kind, problem['loc'][:-1]))}"]
     if problem["type"] == "missing":
         return [f"{path}: missing"]
     return [f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found {problem['input']!r}"]
+
+
+def _keys_at(kind: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    """The keys that settings of this kind may have at a place within them, such as ("data", "streams", 0)."""
+    for name in place:
+        if isinstance(name, str):  # a number is a place in a list, whose items' type is found with the list's
+            found = _models_in(kind.model_fields[name].annotation) if name in kind.model_fields else []
+            if not found:
+                return []
+            kind = found[0]
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _instead(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known are {', '.join(sorted(known))}" if known else ""
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

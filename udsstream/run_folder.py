@@ -17,11 +17,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from udsstream.errors import LogExistsError, ResumeError
+from udsstream.evals import EVALS
 from udsstream.run_config import RunConfig, config_changes, load_run_config
 
-__all__ = ["CONFIG", "SUMMARY", "claim_folder", "is_finished", "unfinished_folder", "write_atomically"]
+__all__ = ["CONFIG", "INITIAL_EVAL", "SUMMARY", "claim_folder", "is_finished", "unfinished_folder", "write_atomically"]
 
 CONFIG = "config.yaml"
+INITIAL_EVAL = "initial_eval.json"
+"""The held-out loss before training, so that a resumed run need not measure it again."""
 SUMMARY = "summary.json"
 
 
@@ -47,12 +50,15 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
         ResumeError: it holds a run with another configuration.
     """
     recorded = folder / CONFIG
-    if not recorded.exists():
+    if not recorded.exists() or not (config.autoresume or _has_begun(folder)):
         if (folder / "run.json").exists():
             raise LogExistsError(
                 f"{folder} holds the log of a run that was not started from a configuration; choose another save_folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        if recorded.exists():
+            for measured in (INITIAL_EVAL, EVALS):  # of a configuration that came no further
+                (folder / measured).unlink(missing_ok=True)
         write_atomically(recorded, OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump()))))
         return
     if not config.autoresume:
@@ -67,6 +73,11 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
             + "\n  ".join(changes)
             + "\nresume with the old values, or choose another save_folder"
         )
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is anything to lose: a log, a checkpoint or an end. A job that failed as it loaded its model leaves none."""
+    return is_finished(folder) or (folder / "run.json").exists() or any((folder / "checkpoints").glob("*"))
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError
@@ -56,12 +56,12 @@ class ScoringConfig(BaseModel):
     model: ModelConfig
     """Frozen: without `lora`."""
     data: ScoredStreams
+    max_seq_len: Annotated[int, Field(ge=2)] = 2048
+    """Longest sample, in tokens, for tokenising and scoring alike."""
     selection: dict[str, Any] = {}
     """Settings of `udsstream.SelectionConfig` but `max_seq_len`. `keep` is of each window."""
     window: Annotated[int, Field(ge=1)] = 512
     """Candidates of all ranks that are chosen from at once."""
-    max_seq_len: Annotated[int, Field(ge=2)] = 2048
-    """Longest sample, in tokens, for tokenising and scoring alike."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     device: Literal["cpu", "gpu", "mps"] | None = None
     """None: a GPU where there is one."""
@@ -71,14 +71,13 @@ class ScoringConfig(BaseModel):
 
     @field_validator("selection")
     @classmethod
-    def _selection_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_selection(value, more=("trunk", "head"))
+    def _selection_is_valid(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return check_selection(value, more=("trunk", "head"), max_seq_len=info.data.get("max_seq_len"))
 
     @model_validator(mode="after")
     def _fits_together(self) -> ScoringConfig:
         if self.model.lora is not None:
             raise ValueError("model.lora: nothing is trained here, and new adapters add nothing; leave it out")
-        self.selection_config()
         return self
 
     def selection_config(self) -> SelectionConfig:

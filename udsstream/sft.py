@@ -36,7 +36,17 @@ if TYPE_CHECKING:
     import torch
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "LossOn", "Overlong", "SFTCollator", "SFTFormat", "TokenizedRow", "num_tokens", "tokenize"]
+__all__ = [
+    "IGNORED",
+    "LossOn",
+    "Overlong",
+    "SFTCollator",
+    "SFTFormat",
+    "TokenizedRow",
+    "check_columns",
+    "num_tokens",
+    "tokenize",
+]
 
 IGNORED = -100
 """The label of a token without loss: PyTorch's and transformers' `ignore_index`."""
@@ -220,6 +230,29 @@ def num_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
+def check_columns(
+    columns: Sequence[str],
+    where: str,
+    *,
+    format: SFTFormat = "auto",
+    prompt_key: str = "prompt",
+    response_key: str = "response",
+    messages_key: str = "messages",
+    text_key: str = "text",
+) -> None:
+    """Whether rows with these columns can be tokenised, before any is read.
+
+    Raises:
+        DataError: they lack what the format needs; the message begins with `where`.
+    """
+    row = dict.fromkeys(columns)
+    if format == "auto":
+        format = _find_format(row, where, prompt_key, response_key, messages_key, text_key)
+    needed = {"prompt_response": (prompt_key, response_key), "messages": (messages_key,), "text": (text_key,)}
+    for key in needed[format]:
+        _value(row, key, where)
+
+
 def _check_choices(**settings: str) -> None:
     allowed = {"format": get_args(SFTFormat), "loss_on": get_args(LossOn), "overlong": get_args(Overlong)}
     for field, value in settings.items():
@@ -270,8 +303,8 @@ def _find_format(
         )
     raise DataError(
         f"{where} has none of the known forms: its columns are {_keys(row)}, expected {prompt_key!r} and "
-        f"{response_key!r}, or {messages_key!r}, or {text_key!r}; name your columns with prompt_key, response_key, "
-        "messages_key or text_key"
+        f"{response_key!r}, or {messages_key!r}, or {text_key!r}; name yours with prompt_key and response_key, or with "
+        "messages_key, or text_key (in a job's configuration they stand under data:)"
     )
 
 

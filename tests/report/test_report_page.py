@@ -23,10 +23,10 @@ from udsstream.report import plots
 from udsstream.report.figures import StreamChoice, measure
 from udsstream.report.page import BEGINNING, Content, flatten, render, top_streams
 from udsstream.report.samples import pick
-from udsstream.report.text import clean, escape, shorten
 from udsstream.report.write import write_report
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
+from udsstream.untrusted_text import clean, escape, shorten
 
 STYLE = Path(page_module.__file__).with_name("style.css").read_text()
 SECTIONS = ["In numbers", "What was chosen", "Over the run", "Samples", "Settings", "How the figures were made"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,13 @@ import pytest
 import uds_log
 from streaming import JSONWriter, MDSWriter
 from text_runs import pairs, write_run, write_stream
+from typer.testing import CliRunner
 
+from udsstream.cli import app
 from udsstream.errors import ConfigError
-from udsstream.report.samples import KINDS, Pick, pick, read_text, show_row
+from udsstream.log_queries import queries
+from udsstream.log_queries.texts import read_text, show_row
+from udsstream.report.samples import KINDS, Pick, pick
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
@@ -275,3 +280,43 @@ def test_a_tie_goes_to_the_earlier_place_in_whatever_order_rows_are_read(tmp_pat
     by_kind = {kind: [(p.step, p.position) for p in picks if p.kind == kind] for kind in KINDS}
     assert by_kind == expected(log.table().to_pylist(), 1)
     assert all(p.step == 0 for p in picks if p.kind in ("highest", "narrow", "lowest"))
+
+
+# At the command line ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", ["--least=3", "--most=2", "--sample=31", "--step=0"])
+def test_the_log_s_samples_are_shown_with_what_they_say(tmp_path, streams, question):
+    write_run(tmp_path / "run", streams)
+    done = CliRunner().invoke(app, ["log", str(tmp_path / "run"), question, "--text"], env={"COLUMNS": "400"})
+    assert done.exit_code == 0
+    log = SelectionLog.open(tmp_path / "run")
+    expected = {
+        "--least=3": [count.sample_id for count in queries.least_chosen(log, 3)],
+        "--most=2": [count.sample_id for count in queries.most_chosen(log, 2)],
+        "--sample=31": [31],
+        "--step=0": [row["sample_id"] for row in log.table().sort_by("position").to_pylist() if row["step"] == 0],
+    }[question]
+    shown = re.split(r"^sample (\d+) ─+$", done.stdout, flags=re.MULTILINE)[1:]
+    assert [int(number) for number in shown[::2]] == expected
+    for number, said in zip(expected, shown[1::2], strict=True):
+        row = pairs("cats", 30)[number] if number < 30 else pairs("dogs", 17)[number - 30]
+        assert said.strip() == f"prompt: {row['prompt']}\nresponse: {row['response']}"
+
+
+def test_a_text_does_not_reach_the_terminal_as_it_is(tmp_path):
+    rows = [{"text": "\x1b[31mred [bold]no markup[/bold] " + "long " * 300}]
+    stream = write_stream(tmp_path / "s", rows * 8)
+    write_run(tmp_path / "run", {"s": stream}, steps=1)
+    done = CliRunner().invoke(app, ["log", str(tmp_path / "run"), "--most=1", "--text"], env={"COLUMNS": "4000"})
+    assert "\x1b" not in done.stdout
+    assert "text: \\u001b[31mred [bold]no markup[/bold] long long" in done.stdout
+    assert re.search(r"… \(\d+ more characters\)", done.stdout)
+
+
+def test_why_there_is_no_text_is_said(tmp_path, streams):
+    write_run(tmp_path / "run", streams)
+    shutil.rmtree(streams["cats"])
+    done = CliRunner().invoke(app, ["log", str(tmp_path / "run"), "--most=30", "--text"], env={"COLUMNS": "4000"})
+    assert done.exit_code == 0
+    assert re.search(r"No text: \S+cats/index.json cannot be read", done.stdout)

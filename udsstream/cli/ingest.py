@@ -116,6 +116,7 @@ class _Bar:
 def _summary(result: Any) -> str:
     manifest = result.manifest
     rows, streams = manifest["rows"], manifest["streams"]
+    readable = {"prompt", "messages", "text"}  # by these names `udsstream train` knows them by itself
     shards = sum(stream["shards"] for stream in streams)
     lines = [
         f"{rows['read']:,} rows read = {rows['written']:,} written + {rows['rejected']:,} rejected"
@@ -124,6 +125,10 @@ def _summary(result: Any) -> str:
         + (f", {len(streams):,} stream{'s' if len(streams) != 1 else ''}" if "folder" in streams[0] else ""),
         "columns: " + ", ".join(f"{column['name']} ({column['encoding']})" for column in manifest["columns"]),
     ]
+    if not readable & {column["name"] for column in manifest["columns"]}:
+        lines.append(
+            "to train on it, name its columns: --prompt and --response here, or data.prompt_key and data.response_key there"
+        )
     if rows["rejected"]:
         lines.append(f"why rows were rejected: {result.out / 'rejects.jsonl'}")
     if sys.stderr.isatty() and result.resumed:

@@ -49,6 +49,9 @@ def log(
             help="Only what checkpoint baN was trained on, the steps below N. With no other question: the summary, and which samples.",
         ),
     ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="With --step, --sample, --most or --least: also what the samples say.")
+    ] = False,
     to_parquet: Annotated[
         bool, typer.Option("--to-parquet", help="Write the log as Parquet, for DuckDB or Spark.")
     ] = False,
@@ -70,6 +73,10 @@ def log(
     }
     if len(asked := [name for name, given in questions.items() if given]) > 1:
         raise typer.BadParameter(f"{' and '.join(asked)} are different questions: ask one at a time")
+    if text and (as_json or not any(questions[name] for name in ("--step", "--sample", "--most", "--least"))):
+        raise typer.BadParameter(
+            "it goes with --step, --sample, --most or --least, without --json", param_hint="--text"
+        )
     if all_attempts and sample is None:
         raise typer.BadParameter("it goes with --sample alone", param_hint="--all-attempts")
     below = None if until is None else _batches(until)
@@ -92,26 +99,37 @@ def log(
         else:
             show(found, *more)
 
+    shown: list[int] = []  # samples
     if to_parquet:
         written = str(opened.to_parquet())
         print(json.dumps({"parquet": written}) if as_json else written)
     elif step is not None:
         tables.print_step(opened, step, as_json=as_json)
+        shown = queries.candidates_of(opened, step) if text else []
     elif sample is not None:
         history = queries.sample_history(opened, sample, until=below, all_attempts=all_attempts)
         answer(history, tables.print_history)
+        shown = [sample] if history.offers else []
     elif streams:
         answer(queries.stream_shares(opened, until=below), tables.print_streams)
     elif most is not None:
-        answer(queries.most_chosen(opened, most, until=below), tables.print_counts, "Chosen most often")
+        counts = queries.most_chosen(opened, most, until=below)
+        answer(counts, tables.print_counts, "Chosen most often")
+        shown = [count.sample_id for count in counts]
     elif least is not None:
-        answer(queries.least_chosen(opened, least, until=below), tables.print_counts, "Chosen least often")
+        counts = queries.least_chosen(opened, least, until=below)
+        answer(counts, tables.print_counts, "Chosen least often")
+        shown = [count.sample_id for count in counts]
     elif suppressed:
         _print_suppressed(opened, below, as_json=as_json)
     elif length:
         answer(queries.length_effect(opened, until=below), tables.print_length)
     else:
         _print_summary(run, opened, below, as_json=as_json)
+    if text:
+        from udsstream.log_queries import texts
+
+        tables.print_texts(shown, texts.read_text(texts.places_of(opened, shown), opened.run))
 
 
 def _print_suppressed(opened: Any, below: int | None, *, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from udsstream.compare.answers import answers_are_there
 from udsstream.compare.config import AnswersConfig, PlannedRun
 from udsstream.errors import LogExistsError, ResumeError
 from udsstream.run_config import CandidatesConfig, RunConfig, config_changes, load_run_config
-from udsstream.run_folder import CONFIG, claim_folder, is_finished, write_atomically
+from udsstream.run_folder import CONFIG, INITIAL_EVAL, claim_folder, is_finished, write_atomically
 
 __all__ = ["OUTPUT", "Outcome", "check_folders", "do_runs"]
 
@@ -146,11 +146,11 @@ def _complaint(output: Path, from_here: int, code: int) -> str:
 def _share_initial_loss(run: PlannedRun, runs: Sequence[PlannedRun]) -> None:
     """The held-out loss before training is that of the model as it is loaded: what one run has measured serves all with the same model and
     held-out data. (Adapters begin as zero.)"""
-    own = run.folder / "initial_eval.json"
+    own = run.folder / INITIAL_EVAL
     if run.config.eval is None or own.exists():
         return
     for other in runs:
-        measured = other.folder / "initial_eval.json"
+        measured = other.folder / INITIAL_EVAL
         if measured.exists() and _of_initial_loss(other.config) == _of_initial_loss(run.config):
             loss = json.loads(measured.read_text())["loss"]
             if isinstance(loss, float) and math.isfinite(loss):

@@ -1,1 +1,1 @@
-"""What people ask of a selection log: the answers (`queries`, `near_duplicates`, `summary`) and their tables (`tables`)."""
+"""What people ask of a selection log: answers (`queries`, `near_duplicates`, `summary`), their `tables`, and what samples say (`texts`)."""

@@ -42,6 +42,7 @@ __all__ = [
     "StreamChoice",
     "Suppressed",
     "TrainedOn",
+    "candidates_of",
     "check_reaches",
     "least_chosen",
     "length_effect",
@@ -417,6 +418,12 @@ class SampleCount(_Answer):
     mean_score: float | None
     mean_rank: float | None
     """Over its scored turns; 1 is the best. None when it was never scored."""
+
+
+def candidates_of(log: SelectionLog, step: int) -> list[int]:
+    """The ids of a step's candidates, in canonical order; none when the log has no such step."""
+    table = log.table(columns=["position", "sample_id"], filter=pc.field("step") == step)
+    return table.sort_by("position")["sample_id"].to_pylist()
 
 
 def most_chosen(log: SelectionLog, count: int, *, until: int | None = None) -> tuple[SampleCount, ...]:

@@ -113,7 +113,7 @@ def print_summary(
         table.add_row("correlation of score and length", f"{summary.score_length_correlation:+.2f}")
     console.print(table)
     console.print(f"The record of every choice is in {run}. Read it with:", highlight=False)
-    for arguments in ("--step 0", "--to-parquet"):
+    for arguments in ("--step 0", "--least 5 --text", "--to-parquet"):
         console.print(f"  {_command()} log {run} {arguments}", highlight=False, soft_wrap=True)
 
 

@@ -22,7 +22,9 @@ from udsstream.log_queries.queries import (
     TrainedOn,
     stream_name,
 )
+from udsstream.log_queries.texts import SampleText
 from udsstream.selection_log.reader import SelectionLog
+from udsstream.untrusted_text import clean, shorten
 
 __all__ = [
     "ROWS",
@@ -34,10 +36,12 @@ __all__ = [
     "print_step",
     "print_streams",
     "print_suppressed",
+    "print_texts",
     "print_trained_on",
     "share",
 ]
 
+_TEXT_CHARACTERS, _TEXT_LINES = 600, 12
 ROWS = 20
 """Lines of a long list that are shown; `--json` has them all."""
 
@@ -182,6 +186,19 @@ def print_counts(counts: Sequence[SampleCount], title: str, *, console: Console 
             number(item.mean_rank),
         )
     (console or Console()).print(shown)
+
+
+def print_texts(sample_ids: Sequence[int], texts: Sequence[SampleText], *, console: Console | None = None) -> None:
+    """The beginning of what each sample says, as plain characters: streams are not trusted with the terminal."""
+    console = console or Console()
+    for number, text in zip(sample_ids, texts, strict=True):
+        console.rule(f"sample {number}", align="left")
+        if text.problem is not None:
+            _say(console, f"No text: {text.problem}")
+        for label, value in text.fields:
+            beginning = shorten(value, characters=_TEXT_CHARACTERS, lines=_TEXT_LINES)
+            cut = f" … ({beginning.left_out:,} more characters)" if beginning.left_out else ""
+            _say(console, f"{clean(label)}: {clean(beginning)}{cut}")
 
 
 def print_suppressed(found: Suppressed, *, console: Console | None = None) -> None:

@@ -11,15 +11,15 @@ Every figure is of the run as it stands: what an older attempt had written from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from udsstream.errors import LogCorruptError, LogError
+from udsstream.log_queries.texts import stream_names
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.timings import TIMINGS, read_timings
 
@@ -39,7 +39,6 @@ __all__ = [
     "logged_steps",
     "measure",
     "scan_rows",
-    "stream_names",
 ]
 
 BINS = 100
@@ -212,16 +211,6 @@ def logged_steps(log: SelectionLog) -> tuple[np.ndarray, int]:
         found.append(np.unique(batch["step"]))
         rows += len(batch["step"])
     return np.unique(np.concatenate(found)), rows
-
-
-def stream_names(run: Mapping[str, Any]) -> list[str]:
-    """The streams' names as run.json has them, by number. Whatever run.json holds: nothing of it is trusted."""
-    streams = run.get("streams")
-    if not isinstance(streams, list):
-        return []
-    return [
-        str(stream.get("name", number)) if isinstance(stream, dict) else "" for number, stream in enumerate(streams)
-    ]
 
 
 def bands(values: np.ndarray, bins: np.ndarray, count: int) -> np.ndarray:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from udsstream import __version__
+from udsstream.log_queries.texts import SampleText
 from udsstream.report import plots
 from udsstream.report.figures import BINS, QUANTILES, Figures, StreamChoice, bands, histogram
 from udsstream.report.plots import Plot, short
-from udsstream.report.samples import KINDS, Pick, SampleText
-from udsstream.report.text import escape, shorten
+from udsstream.report.samples import KINDS, Pick
+from udsstream.untrusted_text import escape, shorten
 
 if TYPE_CHECKING:
     from udsstream.audit.report import AuditReport

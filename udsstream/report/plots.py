@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from udsstream.report.figures import QUANTILES, Figures, Histogram, StepTimes, bands
-from udsstream.report.text import clean
+from udsstream.untrusted_text import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
