@@ -6,8 +6,10 @@ quick. An error of ours is printed without a traceback: exit 1, and 2 for a comm
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ from udsstream.cli.curate import curate
 from udsstream.cli.demo import demo
 from udsstream.cli.ingest import ingest
 from udsstream.cli.log import log
+from udsstream.cli.options import is_rank_zero
 from udsstream.cli.replay import replay
 from udsstream.cli.report import report
 from udsstream.cli.train import train
@@ -52,7 +55,33 @@ def _program(
     """
 
 
-for command in (train, log, replay, audit, report, compare, curate, bench, demo, ingest):
+def _goes_on(command: Callable[..., None]) -> Callable[..., None]:
+    """Says after Ctrl-C that nothing was lost."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            if is_rank_zero():
+                print("\nudsstream: interrupted; the same command goes on with it", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+for command in (
+    train,
+    log,
+    _goes_on(replay),
+    audit,
+    report,
+    _goes_on(compare),
+    _goes_on(curate),
+    bench,
+    _goes_on(demo),
+    _goes_on(ingest),
+):
     app.command()(command)
 
 

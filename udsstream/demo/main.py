@@ -33,6 +33,7 @@ def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
 
     from udsstream import pipeline
     from udsstream.log_queries.summary import print_summary
+    from udsstream.mosaicml.interruption import Interruption
 
     run = unfinished_folder(folder / "demo", is_finished)
     settings = load_run_config(
@@ -47,7 +48,9 @@ def run_demo(folder: Path, config: Path, overrides: Sequence[str] = ()) -> Path:
         ],
     )
     console.print(f"3/6  Fine-tuning with selection; the record goes to {run}", highlight=False)
-    result = pipeline.train(settings)
+    interruption = Interruption()
+    with interruption.on_ctrl_c():
+        result = pipeline.train(settings, interruption)
     print_summary(run, before=result.eval_loss_before, after=result.eval_loss_after, console=console)
     _use_the_record(run, console)
     return run
