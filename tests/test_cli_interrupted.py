@@ -1,4 +1,4 @@
-"""Ctrl-C in a command that goes on where it was: it says so, without a traceback. (`udsstream train`: tests/mosaicml/test_interruption.py.)"""
+"""Ctrl-C in a command that goes on where it was: it says so, without a traceback. (Training: tests/mosaicml/test_interruption.py.)"""
 
 from __future__ import annotations
 
