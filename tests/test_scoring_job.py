@@ -251,7 +251,9 @@ def test_an_output_that_is_not_empty_is_refused_before_anything_is_scored(model,
 def test_a_stream_without_text_is_refused_and_leaves_nothing(model, tmp_path):
     with MDSWriter(out=str(tmp_path / "data" / "train"), columns={"number": "int"}) as writer:
         writer.write({"number": 3})
-    with pytest.raises(DataError, match=r"sample 0 has none of the known forms: its columns are 'number'"):
+    with pytest.raises(
+        DataError, match=r"data.streams.0: \S+train has none of the known forms: its columns are 'number'"
+    ):
         run_job(tmp_path, model, tmp_path / "data")
     assert not (tmp_path / "out-run").exists()
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
-"""A training job from its configuration: model, streams, selection and Composer's Trainer. (The run's folder: `run_folder.py`.)
+"""A training job from its configuration: model, loaders, selection and Composer's Trainer.
 
-What is not here: any choice about scores or batches (`udsstream/mosaicml`).
+What is not here: the run's folder (`run_folder.py`), its streams and how a row becomes tokens (`candidate_rows.py`), and any choice
+about scores or batches (`udsstream/mosaicml`).
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ from composer.optim import (
     LinearWithWarmupScheduler,
 )
 from composer.utils import dist, reproducibility
-from streaming import Stream
 from torch.utils.data import DataLoader
 
+from udsstream.candidate_rows import check_local_columns, collator_of, streams_of
 from udsstream.errors import DataError, ModelError
 from udsstream.evals import append_eval, append_resumption
-from udsstream.job_folder import WORK
 from udsstream.mosaicml.algorithm import OnlineBatchSelection
 from udsstream.mosaicml.dataset import UDSStreamingDataset, stream_identities, verify_shards
 from udsstream.mosaicml.interruption import Interruption, ignore_interrupts
@@ -42,28 +42,17 @@ from udsstream.mosaicml.lengths import count_lengths, remembered_lengths
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.mosaicml.rng_state import NeutralEvaluation
-from udsstream.run_config import (
-    CandidatesConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    SchedulerConfig,
-    StreamConfig,
-    ValidationConfig,
-)
+from udsstream.run_config import EvalConfig, ModelConfig, RunConfig, SchedulerConfig, ValidationConfig
 from udsstream.run_folder import INITIAL_EVAL, SUMMARY, claim_folder, write_atomically
-from udsstream.sft import SFTCollator, check_columns, num_tokens
-from udsstream.stream_index import parse_index
+from udsstream.sft import SFTCollator, num_tokens
 
 __all__ = [
     "TrainingResult",
     "build_model",
     "build_trainer",
     "close",
-    "collator_of",
     "eval_loss",
     "join_ranks",
-    "streams_of",
     "train",
     "validation_of",
 ]
@@ -90,7 +79,7 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Traini
         ResumeError: `autoresume` is on, but the run there was made with another configuration.
         UdsstreamError: see `udsstream.errors`.
     """
-    _check_columns(config)
+    check_local_columns(config.data, config.eval)
     folder = Path(config.save_folder)
     join_ranks(config.device)
     on_rank_zero(lambda: claim_folder(folder, config))
@@ -339,92 +328,6 @@ def _evaluator(held_out: EvalConfig, config: RunConfig, model: HuggingFaceModel)
         subset_num_batches=held_out.max_batches or -1,
         eval_interval=held_out.interval,
     )
-
-
-def collator_of(data: CandidatesConfig, max_seq_len: int, model: HuggingFaceModel) -> SFTCollator:
-    """What makes padded batches of rows, with the model's tokenizer."""
-    assert model.tokenizer is not None
-    return SFTCollator(
-        tokenizer=model.tokenizer,
-        max_seq_len=max_seq_len,
-        format=data.format,
-        prompt_key=data.prompt_key,
-        response_key=data.response_key,
-        messages_key=data.messages_key,
-        text_key=data.text_key,
-        loss_on=data.loss_on,
-        overlong=data.overlong,
-        padding_side=data.padding_side,
-    )
-
-
-def streams_of(data: CandidatesConfig) -> list[Stream]:
-    """The streams, in order.
-
-    Raises:
-        DataError: a local one is not there, or Streaming does not know how to fetch a remote one.
-    """
-    if data.streams_root is not None:
-        root = Path(data.streams_root)
-        if (root / WORK).exists():
-            raise DataError(
-                f"data.streams_root: {root} is being written, or its writing was interrupted ({WORK} is in it), so streams may be missing; "
-                "give the command that wrote it (udsstream ingest, udsstream curate) again"
-            )
-        folders = sorted(index.parent for index in root.glob("*/index.json"))
-        if not folders:
-            raise DataError(
-                f"data.streams_root: {root} {'has no sub-folder with an index.json' if root.is_dir() else 'is not a folder'}; "
-                "each stream is a folder that streaming.MDSWriter wrote"
-            )
-        return [Stream(local=str(folder)) for folder in folders]
-    for number, stream in enumerate(data.streams):
-        if stream.remote is None and not (Path(stream.local or "") / (stream.split or "") / "index.json").exists():
-            raise DataError(
-                f"data.streams.{number}.local: {stream.local} holds no index.json, so it is no MDS stream (and no remote is given "
-                "to fetch it from)"
-            )
-    return [_stream(number, stream) for number, stream in enumerate(data.streams)]
-
-
-def _check_columns(config: RunConfig) -> None:
-    """Whether the rows of local streams can be tokenised: before a model is loaded. Others are known only once they are fetched."""
-    data = config.data
-    indexes: dict[str, Path] = {}
-    if data.streams_root is not None:
-        indexes = {
-            f"data.streams_root: {index.parent}": index
-            for index in sorted(Path(data.streams_root).glob("*/index.json"))
-        }
-    for name, stream in (
-        *((f"data.streams.{number}", stream) for number, stream in enumerate(data.streams)),
-        ("eval", config.eval),
-    ):
-        if stream is not None and stream.remote is None:
-            indexes[f"{name}: {stream.local}"] = Path(stream.local or "") / (stream.split or "") / "index.json"
-    for name, index in indexes.items():
-        if not index.exists():
-            continue  # said where the stream is opened
-        for shard in parse_index(index.read_bytes())[:1]:
-            check_columns(
-                [str(column) for column in shard.entry.get("column_names", ())],
-                name,
-                format=data.format,
-                prompt_key=data.prompt_key,
-                response_key=data.response_key,
-                messages_key=data.messages_key,
-                text_key=data.text_key,
-            )
-
-
-def _stream(number: int, settings: StreamConfig) -> Stream:
-    try:
-        return Stream(**settings.model_dump(exclude_none=True))
-    except ValueError as error:
-        raise DataError(
-            f"data.streams.{number}: Streaming cannot fetch from {settings.remote} ({error}); it reads s3://, gs://, "
-            "azure://, oci://, hf:// and the like, and local folders"
-        ) from error
 
 
 def _scheduler(config: SchedulerConfig) -> ComposerScheduler:

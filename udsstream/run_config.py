@@ -37,6 +37,7 @@ __all__ = [
     "load_run_config",
     "load_settings",
     "parse_settings",
+    "selection_settings",
 ]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -277,8 +278,7 @@ class RunConfig(_Section):
         """
         if self.selection is None:
             raise ConfigError("selection: null, so there are no settings of it")
-        own = {key: value for key, value in self.selection.items() if key not in _BESIDE}
-        return SelectionConfig(**own, max_seq_len=self.max_seq_len)
+        return selection_settings(self.selection, beside=_BESIDE, max_seq_len=self.max_seq_len)
 
 
 def check_selection(value: dict[str, Any], *, more: Sequence[str], max_seq_len: int | None) -> dict[str, Any]:
@@ -296,9 +296,19 @@ def check_selection(value: dict[str, Any], *, more: Sequence[str], max_seq_len: 
     ]
     if unknown:
         raise ValueError("\n".join(unknown))
-    own = {key: setting for key, setting in value.items() if key not in more}
-    SelectionConfig(**own, max_seq_len=sys.maxsize if max_seq_len is None else max_seq_len)
+    selection_settings(value, beside=more, max_seq_len=sys.maxsize if max_seq_len is None else max_seq_len)
     return value
+
+
+def selection_settings(value: Mapping[str, Any], *, beside: Sequence[str], max_seq_len: int) -> SelectionConfig:
+    """The section `selection` without the keys that stand `beside` SelectionConfig's.
+
+    Raises:
+        ConfigError: its settings cannot be used.
+    """
+    return SelectionConfig(
+        **{key: setting for key, setting in value.items() if key not in beside}, max_seq_len=max_seq_len
+    )
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -50,15 +50,15 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
         ResumeError: it holds a run with another configuration.
     """
     recorded = folder / CONFIG
-    if not recorded.exists() or not (config.autoresume or _has_begun(folder)):
+    if recorded.exists() and not (config.autoresume or _has_begun(folder)):
+        for left in (recorded, folder / INITIAL_EVAL, folder / EVALS):  # by a job that came no further
+            left.unlink(missing_ok=True)
+    if not recorded.exists():
         if (folder / "run.json").exists():
             raise LogExistsError(
                 f"{folder} holds the log of a run that was not started from a configuration; choose another save_folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if recorded.exists():
-            for measured in (INITIAL_EVAL, EVALS):  # of a configuration that came no further
-                (folder / measured).unlink(missing_ok=True)
         write_atomically(recorded, OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump()))))
         return
     if not config.autoresume:

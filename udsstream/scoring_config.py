@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError
-from udsstream.run_config import CandidatesConfig, ModelConfig, check_selection, load_settings, parse_settings
+from udsstream.run_config import (
+    CandidatesConfig,
+    ModelConfig,
+    check_selection,
+    load_settings,
+    parse_settings,
+    selection_settings,
+)
 
 __all__ = ["ScoredStreams", "ScoringConfig", "load_scoring_config"]
 
@@ -33,6 +40,9 @@ _SAME_RESULT = {
     },
 }
 """Settings that change nothing about what is chosen. (Streams are compared by the digests of their indexes, wherever they lie.)"""
+
+_BESIDE = ("trunk", "head")
+"""What `selection` may hold beside SelectionConfig's settings."""
 
 
 class ScoredStreams(CandidatesConfig):
@@ -72,7 +82,7 @@ class ScoringConfig(BaseModel):
     @field_validator("selection")
     @classmethod
     def _selection_is_valid(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return check_selection(value, more=("trunk", "head"), max_seq_len=info.data.get("max_seq_len"))
+        return check_selection(value, more=_BESIDE, max_seq_len=info.data.get("max_seq_len"))
 
     @model_validator(mode="after")
     def _fits_together(self) -> ScoringConfig:
@@ -82,8 +92,7 @@ class ScoringConfig(BaseModel):
 
     def selection_config(self) -> SelectionConfig:
         """The selection's settings."""
-        own = {key: value for key, value in self.selection.items() if key not in ("trunk", "head")}
-        return SelectionConfig(**own, max_seq_len=self.max_seq_len)
+        return selection_settings(self.selection, beside=_BESIDE, max_seq_len=self.max_seq_len)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result beside the selection's settings, by dotted path: plain types."""
@@ -94,7 +103,7 @@ class ScoringConfig(BaseModel):
                 flat |= {f"{section}.{name}": item for name, item in value.items()}
             else:
                 flat[section] = value
-        modules = {f"selection.{name}": self.selection.get(name) for name in ("trunk", "head")}
+        modules = {f"selection.{name}": self.selection.get(name) for name in _BESIDE}
         ours = ("data.shuffle", "data.shuffle_seed")  # recorded as the order that follows from them
         return {name: value for name, value in (flat | modules).items() if name not in ours}
 

@@ -23,6 +23,7 @@ from composer.core import Precision
 from composer.utils import dist
 from composer.utils.device import get_device
 
+from udsstream.candidate_rows import check_local_columns, collator_of, streams_of
 from udsstream.curate.chosen import Choice
 from udsstream.curate.write import Curated, Output, Progress, curate_log
 from udsstream.errors import OutputExistsError
@@ -30,7 +31,7 @@ from udsstream.job_folder import WORK
 from udsstream.mosaicml.dataset import UDSStreamingDataset, verify_shards
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.scoring_pass import PassProgress, ScoringPass
-from udsstream.pipeline import build_model, collator_of, join_ranks, streams_of
+from udsstream.pipeline import build_model, join_ranks
 from udsstream.run_folder import write_atomically
 from udsstream.scoring_config import ScoredStreams, ScoringConfig
 
@@ -128,6 +129,7 @@ def build_pass(config: ScoringConfig, run: Path) -> ScoringPass:
     """
     device = join_ranks(config.device)
     data = _with_cache(config.data, run / CACHE)
+    check_local_columns(config.data)
     dataset = UDSStreamingDataset(
         streams=streams_of(data),
         batch_size=1,

@@ -116,7 +116,6 @@ class _Bar:
 def _summary(result: Any) -> str:
     manifest = result.manifest
     rows, streams = manifest["rows"], manifest["streams"]
-    readable = {"prompt", "messages", "text"}  # by these names `udsstream train` knows them by itself
     shards = sum(stream["shards"] for stream in streams)
     lines = [
         f"{rows['read']:,} rows read = {rows['written']:,} written + {rows['rejected']:,} rejected"
@@ -125,6 +124,7 @@ def _summary(result: Any) -> str:
         + (f", {len(streams):,} stream{'s' if len(streams) != 1 else ''}" if "folder" in streams[0] else ""),
         "columns: " + ", ".join(f"{column['name']} ({column['encoding']})" for column in manifest["columns"]),
     ]
+    readable = {"prompt", "messages", "text"}  # by these names `udsstream train` knows them by itself
     if not readable & {column["name"] for column in manifest["columns"]}:
         lines.append(
             "to train on it, name its columns: --prompt and --response here, or data.prompt_key and data.response_key there"
