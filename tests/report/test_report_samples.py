@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from udsstream.cli import app
 from udsstream.errors import ConfigError
 from udsstream.log_queries import queries
-from udsstream.log_queries.texts import read_text, show_row
+from udsstream.log_queries.tables import print_texts
+from udsstream.log_queries.texts import SampleText, read_text, show_row
 from udsstream.report.samples import KINDS, Pick, pick
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -320,3 +321,13 @@ def test_why_there_is_no_text_is_said(tmp_path, streams):
     done = CliRunner().invoke(app, ["log", str(tmp_path / "run"), "--most=30", "--text"], env={"COLUMNS": "4000"})
     assert done.exit_code == 0
     assert re.search(r"No text: \S+cats/index.json cannot be read", done.stdout)
+
+
+def test_neither_does_why_there_is_none(tmp_path, capsys):
+    """The reason quotes run.json and Streaming, which quote whoever wrote the log and the stream."""
+    reason = problem(*one(tmp_path, write_stream(tmp_path / "s", pairs("s", 4)), location="s3://\x1b[31mred\u202e"))
+    print_texts([3], [SampleText(problem=reason)])
+    shown = capsys.readouterr().out
+    assert "(s3://\\u001b[31mred\\u202e)" in shown.replace("\n", "")
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown

@@ -194,7 +194,7 @@ def print_texts(sample_ids: Sequence[int], texts: Sequence[SampleText], *, conso
     for number, text in zip(sample_ids, texts, strict=True):
         console.rule(f"sample {number}", align="left")
         if text.problem is not None:
-            _say(console, f"No text: {text.problem}")
+            _say(console, f"No text: {clean(text.problem)}")
         for label, value in text.fields:
             beginning = shorten(value, characters=_TEXT_CHARACTERS, lines=_TEXT_LINES)
             cut = f" … ({beginning.left_out:,} more characters)" if beginning.left_out else ""
