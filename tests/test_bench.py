@@ -74,10 +74,12 @@ def test_the_rows_say_what_was_measured(result, folder):
         assert 0 <= row.relative_error < 2e-5
         assert 0 <= row.reference_error < 2e-5
     assert model.factoring > 0
+    assert model.trunk_over_real_tokens == model.trunk / model.real_tokens
     for row in (model, capped):
         assert row.scoring_over_trunk == row.scoring / row.trunk
     for row in (head, capped):
         assert (row.full_step, row.selecting_step_speedup, row.fraction_of_ideal) == (None, None, None)
+        assert (row.real_tokens, row.trunk_over_real_tokens) == (None, None)
 
 
 def test_a_selecting_step_is_made_of_its_parts(result):
@@ -86,6 +88,18 @@ def test_a_selecting_step_is_made_of_its_parts(result):
     assert model.selecting_step_speedup == model.full_step / model.selecting_step
     assert model.fraction_of_ideal == (model.trunk + model.kept_step) / model.selecting_step
     assert 0 < model.fraction_of_ideal < 1
+
+
+def test_the_trunk_s_tokens_without_padding_are_as_many(folder, monkeypatch):
+    seen = []
+    run_trunk = bench._Case.run_trunk
+    monkeypatch.setattr(bench._Case, "run_trunk", lambda case, batch: (seen.append(batch), run_trunk(case, batch))[1])
+    bench.run_bench(model=folder, repeats=1)
+    [unpadded, again, peak] = seen
+    assert unpadded is again
+    assert peak is not unpadded
+    assert unpadded["attention_mask"].all()
+    assert abs(unpadded["input_ids"].numel() - sum(bench.GSM8K_LENGTHS)) < len(bench.GSM8K_LENGTHS)
 
 
 def test_an_error_of_scoring_would_show(folder, monkeypatch):
@@ -191,7 +205,13 @@ def test_the_command(folder):
     answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1", "--json"])
     assert answer.exit_code == 0, answer.output
     (row,) = json.loads(answer.stdout)["rows"]
-    for ratio in ("scoring_over_trunk", "speedup_over_svd", "selecting_step_speedup", "fraction_of_ideal"):
+    for ratio in (
+        "scoring_over_trunk",
+        "trunk_over_real_tokens",
+        "speedup_over_svd",
+        "selecting_step_speedup",
+        "fraction_of_ideal",
+    ):
         assert row[ratio] > 0
     assert row["relative_error"] <= 2e-5
     answer = CliRunner().invoke(app, ["bench", "--model", str(folder), "--repeats", "1"])
@@ -205,7 +225,13 @@ def test_the_document_names_what_there_is(result):
     named = re.findall(
         r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     )
-    assert {"scoring_over_trunk", "speedup_over_svd", "selecting_step_speedup", "fraction_of_ideal"} <= set(named)
+    assert {
+        "scoring_over_trunk",
+        "trunk_over_real_tokens",
+        "speedup_over_svd",
+        "selecting_step_speedup",
+        "fraction_of_ideal",
+    } <= set(named)
     assert set(named) <= set(row)
     help_text = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).stdout
     for option in set(re.findall(r"(?<=\s)--[a-z0-9]+", text.split("```")[1])):

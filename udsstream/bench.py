@@ -8,6 +8,7 @@
 `reference`       the definition: the head's logits (N×V) and `torch.linalg.svdvals` of them, one candidate after the other
 `scores`          what replaces it: `intra`, and the embeddings too, from hidden states
 `trunk`           the model's forward up to its head, for the whole candidate batch, as selection runs it
+`real_tokens`     the same for as many tokens in rows of one length: one forward without padding, which no batch can undercut
 `scoring`         all that selection adds to the trunk: repacking the batch, neutrality, `scores`, distance to a full memory, top-k
 `kept_step`       forward, backward and optimizer step (LoRA, rank 8, on every projection) with the kept candidates
 `selecting_step`  trunk, scoring and kept step
@@ -111,6 +112,7 @@ class Row:
     trunk: float | None
     trunk_layers: int | None
     """The number of layers that `trunk` is extrapolated to from one. None: the whole trunk was run."""
+    real_tokens: float | None
     scores: float
     scoring: float
     reference: float
@@ -136,6 +138,11 @@ class Row:
         return None if self.trunk is None else self.scoring / self.trunk
 
     @property
+    def trunk_over_real_tokens(self) -> float | None:
+        """What padding and several forwards cost the trunk: 1 would be nothing."""
+        return None if self.trunk is None or not self.real_tokens else self.trunk / self.real_tokens
+
+    @property
     def speedup_over_svd(self) -> float:
         """How many times faster than the definition (which makes no embeddings)."""
         return self.reference / self.scores
@@ -153,7 +160,13 @@ class Row:
         return (self.trunk + self.kept_step) / self.selecting_step
 
 
-RATIOS = ("scoring_over_trunk", "speedup_over_svd", "selecting_step_speedup", "fraction_of_ideal")
+RATIOS = (
+    "scoring_over_trunk",
+    "trunk_over_real_tokens",
+    "speedup_over_svd",
+    "selecting_step_speedup",
+    "fraction_of_ideal",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +251,14 @@ def render(result: BenchResult) -> str:
             ("logits and SVD", _seconds(row.reference), f"peak {_bytes(row.reference_memory)}"),
             ("hidden states to scores", _seconds(row.scores), f"peak {_bytes(row.scoring_memory)} {factored}"),
             ("trunk forward", _seconds(row.trunk), extrapolated),
+            ("as many tokens, no padding", _seconds(row.real_tokens), ""),
             ("all that scoring adds", _seconds(row.scoring), ""),
             ("training on all", _seconds(row.full_step), ""),
             ("training on the kept", _seconds(row.kept_step), ""),
             ("selecting step", _seconds(row.selecting_step), ""),
             ("faster than the SVD", f"{row.speedup_over_svd:.0f}×", ""),
             ("scoring / trunk", _percent(row.scoring_over_trunk), ""),
+            ("trunk / its tokens", _times(row.trunk_over_real_tokens), ""),
             ("faster than training on all", _times(row.selecting_step_speedup), ""),
             ("of the ideal step", _percent(row.fraction_of_ideal), ""),
             ("memory over the trunk's", _bytes(row.memory_over_trunk), ""),
@@ -492,6 +507,13 @@ class _Case:
                 stack.close()
         return kept, intra, hidden
 
+    def run_trunk(self, batch: dict[str, Tensor]) -> None:
+        """One forward of a batch as it is."""
+        from udsstream.mosaicml.trunk import neutral
+
+        with neutral(self.model):
+            self.parts.hidden_states(self.on_device(batch))
+
     def train(self, rows: list[int] | None = None) -> None:
         """A training step on the rows, cut to the longest of them, or on the whole batch."""
         from udsstream.mosaicml.batch import take_rows, trim_padding
@@ -508,6 +530,7 @@ def _time_model(model: Any, tokens: list[Tensor], *, name: str, repeats: int, de
     with torch.no_grad():
         factoring = clock.once(lambda: factor_head(case.head, case.selection.projection))
     intra, hidden = torch.empty(0), [torch.empty(0)]
+    unpadded = _collated([tokens[0].new_zeros(round(sum(map(len, tokens)) / len(tokens)))] * len(tokens))
     for _ in range(1 + repeats):
         clock.turn()
         with clock.part("selecting step"):
@@ -516,10 +539,12 @@ def _time_model(model: Any, tokens: list[Tensor], *, name: str, repeats: int, de
                 case.train(kept)
         with clock.part("full step"):
             case.train()
+        with clock.part("real tokens"):
+            case.run_trunk(unpadded)
         with clock.part("reference"), torch.no_grad():
             _reference(hidden, case.head)
     clock.turn()
-    trunk = _peak_bytes(lambda: _trunk_alone(case), device)
+    trunk = _peak_bytes(lambda: case.run_trunk(case.batch), device)
     case.selection.forget()
     selecting = _peak_bytes(lambda: case.select(clock), device)
     return Row(
@@ -530,6 +555,7 @@ def _time_model(model: Any, tokens: list[Tensor], *, name: str, repeats: int, de
         form="hidden space",
         trunk=clock.median("trunk", repeats),
         trunk_layers=None,
+        real_tokens=clock.median("real tokens", repeats),
         scores=clock.median("scores", repeats),
         scoring=clock.median("scoring", repeats),
         reference=clock.median("reference", repeats),
@@ -541,14 +567,6 @@ def _time_model(model: Any, tokens: list[Tensor], *, name: str, repeats: int, de
         **_head_memory(hidden, case.head, case.selection, device),
         **_errors(intra, hidden, case.head),
     )
-
-
-@torch.no_grad()
-def _trunk_alone(case: _Case) -> None:
-    from udsstream.mosaicml.trunk import neutral
-
-    with neutral(case.model):
-        case.parts.hidden_states(case.on_device(case.batch))
 
 
 @torch.no_grad()
@@ -589,6 +607,7 @@ def _time_head(shape: HeadShape, *, repeats: int, device: torch.device) -> Row:
         form="hidden space" if head.is_linear else "vocabulary slices",
         trunk=shape.layers * clock.median("trunk", repeats) if shape.layers else None,
         trunk_layers=shape.layers or None,
+        real_tokens=None,
         scores=clock.median("scores", repeats),
         scoring=clock.median("scoring", repeats),
         reference=clock.median("reference", repeats),
