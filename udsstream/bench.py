@@ -1,7 +1,7 @@
 """What scoring costs on this machine, beside what it is added to and what it replaces: all timed in one run, nothing quoted.
 
     udsstream bench --gsm8k FOLDER
-    udsstream bench --shapes          # also the heads of larger models, with random weights (8 GB, a quarter of an hour)
+    udsstream bench --shapes          # also the heads of larger models, with random weights (12 GB, a quarter to half an hour)
 
     B candidates, K kept, N tokens, V vocabulary, D hidden width
 

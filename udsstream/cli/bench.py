@@ -22,7 +22,7 @@ def bench(
     shapes: Annotated[
         bool,
         typer.Option(
-            "--shapes", help="Also time heads of larger models, with random weights (12 GB, a quarter of an hour)."
+            "--shapes", help="Also time heads of larger models, with random weights (12 GB, a quarter to half an hour)."
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
