@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from composer.models import HuggingFaceModel
 from streaming import Stream
@@ -60,7 +59,7 @@ def check_local_columns(data: CandidatesConfig, held_out: EvalConfig | None = No
         if not index.exists():
             continue  # said where the stream is opened
         for shard in parse_index(index.read_bytes())[:1]:
-            check_columns([str(column) for column in shard.entry.get("column_names", ())], name, **_form_of(data))
+            check_columns([str(column) for column in shard.entry.get("column_names", ())], name, **data.row_form())
 
 
 def collator_of(data: CandidatesConfig, max_seq_len: int, model: HuggingFaceModel) -> SFTCollator:
@@ -69,16 +68,8 @@ def collator_of(data: CandidatesConfig, max_seq_len: int, model: HuggingFaceMode
     return SFTCollator(
         tokenizer=model.tokenizer,
         max_seq_len=max_seq_len,
-        loss_on=data.loss_on,
-        overlong=data.overlong,
-        padding_side=data.padding_side,
-        **_form_of(data),
+        **data.tokenising(),
     )
-
-
-def _form_of(data: CandidatesConfig) -> dict[str, Any]:
-    """Which columns of a row hold what, as the collator and the check of columns take it."""
-    return {key: getattr(data, key) for key in ("format", "prompt_key", "response_key", "messages_key", "text_key")}
 
 
 def _local_indexes(data: CandidatesConfig, held_out: EvalConfig | None) -> Iterator[tuple[str, Path]]:

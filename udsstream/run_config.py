@@ -162,6 +162,14 @@ class CandidatesConfig(_Section):
             )
         return self
 
+    def row_form(self) -> dict[str, Any]:
+        """Which columns of a row hold what, as `sft.py` takes it everywhere."""
+        return self.model_dump(include={"format", "prompt_key", "response_key", "messages_key", "text_key"})
+
+    def tokenising(self) -> dict[str, Any]:
+        """All that decides, beside the tokenizer and `max_seq_len`, which tokens and labels become of rows."""
+        return self.row_form() | self.model_dump(include={"loss_on", "overlong", "padding_side"})
+
 
 class DataConfig(CandidatesConfig):
     """The candidates of a training job, in batches."""

@@ -124,7 +124,7 @@ def build_pass(config: ScoringConfig, run: Path) -> ScoringPass:
 
     Raises:
         ModelError: the model cannot be loaded, or not be scored.
-        DataError: a stream is not there, or holds no samples.
+        DataError: a stream is not there, holds no samples, or (of a local one, before the model is loaded) has not the columns.
         ConfigError: a setting has no meaning without training.
     """
     device = join_ranks(config.device)

@@ -323,7 +323,7 @@ def test_why_there_is_no_text_is_said(tmp_path, streams):
     assert re.search(r"No text: \S+cats/index.json cannot be read", done.stdout)
 
 
-def test_neither_does_why_there_is_none(tmp_path, capsys):
+def test_nor_does_the_reason_why_there_is_no_text(tmp_path, capsys):
     """The reason quotes run.json and Streaming, which quote whoever wrote the log and the stream."""
     reason = problem(*one(tmp_path, write_stream(tmp_path / "s", pairs("s", 4)), location="s3://\x1b[31mred\u202e"))
     print_texts([3], [SampleText(problem=reason)])

@@ -83,11 +83,7 @@ def answer_run(config: RunConfig, settings: AnswersConfig) -> float:
             row,
             tokenizer,
             max_seq_len=1 << 30,  # only the prompt is used
-            format=config.data.format,
-            prompt_key=config.data.prompt_key,
-            response_key=config.data.response_key,
-            messages_key=config.data.messages_key,
-            text_key=config.data.text_key,
+            **config.data.row_form(),
         )
         prompt, response = split_at_response(tokens["input_ids"], tokens["labels"])
         answer = final_number(tokenizer.decode(response, skip_special_tokens=True))

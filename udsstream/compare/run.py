@@ -22,7 +22,7 @@ from typing import Any, Literal
 from udsstream.compare.answers import answers_are_there
 from udsstream.compare.config import AnswersConfig, PlannedRun
 from udsstream.errors import LogExistsError, ResumeError
-from udsstream.run_config import CandidatesConfig, RunConfig, config_changes, load_run_config
+from udsstream.run_config import RunConfig, config_changes, load_run_config
 from udsstream.run_folder import CONFIG, INITIAL_EVAL, claim_folder, is_finished, write_atomically
 
 __all__ = ["OUTPUT", "Outcome", "check_folders", "do_runs"]
@@ -31,8 +31,6 @@ OUTPUT = "output.txt"
 
 _NEUTRAL = ("autoresume", "progress_bar", "save_folder", "save_interval", "save_num_checkpoints_to_keep")
 """Settings that change nothing of what a run shows: fewer than those that may change where a run is only gone on with."""
-_OF_TEXT = ("format", "prompt_key", "response_key", "messages_key", "text_key", "loss_on", "overlong", "padding_side")
-assert set(_OF_TEXT) <= set(CandidatesConfig.model_fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,4 +161,4 @@ def _of_initial_loss(config: RunConfig) -> dict[str, Any]:
     settings = config.model_dump(include={"model", "eval", "max_seq_len", "precision", "device", "load_path"})
     if config.eval is not None:
         del settings["eval"]["interval"]
-    return settings | {"data": config.data.model_dump(include=set(_OF_TEXT))}
+    return settings | {"data": config.data.tokenising()}
