@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 
 from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError
-from udsstream.run_config import RunConfig, config_changes, load_run_config, parse_run_config
+from udsstream.run_config import CandidatesConfig, RunConfig, config_changes, load_run_config, parse_run_config
+from udsstream.sft import SFTCollator, check_columns
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
 PIPELINES = [path for path in PIPELINES if path.stem != "compare"]  # not one job: tests/compare/test_config.py
@@ -172,3 +175,12 @@ def test_changes_that_matter_to_a_resumed_run():
     )
     assert config_changes(old, new) == ["model.name: was 'm', is 'n'", "seed: was 17, is 3"]
     assert config_changes(old, old) == []
+
+
+def test_how_rows_become_tokens_is_all_that_the_collator_takes():
+    """A setting that is left out would stay at its default without a word."""
+    data = CandidatesConfig(streams_root="x", response_key="answer", padding_side="left")
+    beside = {"tokenizer", "max_seq_len"}
+    assert data.tokenising().keys() == {field.name for field in dataclasses.fields(SFTCollator)} - beside
+    assert data.row_form().keys() == inspect.signature(check_columns).parameters.keys() - {"columns", "where"}
+    assert (data.tokenising()["response_key"], data.tokenising()["padding_side"]) == ("answer", "left")
