@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy_run
 import pytest
+import torch
 import yaml
 from jobs import udsstream, write_data
 from test_guides import blocks
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from udsstream import SelectionLog
 from udsstream.config import PUBLISHED_ALPHA
 from udsstream.demo import main as demo
 from udsstream.log_queries import summary
+from udsstream.mosaicml.dataset import UDSStreamingDataset
 from udsstream.run_config import _MAY_CHANGE
+from udsstream.sft import SFTCollator
 
 DOCS = Path(__file__).parent.parent / "docs"
 SMALLER = [
@@ -46,6 +51,7 @@ def folder(model, tmp_path_factory) -> Path:
     data = write_data(root / "data")
     (root / "streams").mkdir()
     (data / "train" / "animals").rename(root / "streams" / "train")
+    (data / "train" / "numbers").rename(root / "streams" / "holdout")
     (data / "held_out").rename(root / "streams" / "held_out")
     (page,) = blocks(DOCS / "selecting.md", "yaml")
     (root / "mine.yaml").write_text(page)
@@ -90,6 +96,52 @@ def test_selecting_then_resuming(there, monkeypatch, capsys):
     run(monkeypatch, capsys, longer, "max_duration=6ba", *first[1:])
     assert SelectionLog.open("runs/mine").steps().tolist() == [0, 1, 2, 3, 4, 5]
     assert "Sample 17" in run(monkeypatch, capsys, asked)
+
+
+@pytest.mark.slow
+def test_taking_the_model_out(there, monkeypatch, capsys):
+    trained = ["udsstream", "train", "mine.yaml", "max_duration=51ba", "save_interval=50ba", *SMALLER]
+    trained += ["save_num_checkpoints_to_keep=-1", "data.batch_size=2", "selection.keep=1", "eval=null"]
+    run(monkeypatch, capsys, trained, "save_folder=runs/exported")
+    exports = commands("exporting.md")
+    assert len(exports) == 4
+    for command in exports:
+        run(monkeypatch, capsys, [word.replace("runs/mine", "runs/exported") for word in command])
+    (reading,) = blocks(DOCS / "exporting.md", "python")
+    names: dict[str, Any] = {}
+    exec(reading, names)
+    weights = names["model"].state_dict()
+    half, early = (
+        type(names["model"]).from_pretrained(f"models/mine-{name}").state_dict() for name in ("bf16", "at-50")
+    )
+    assert all(torch.equal(half[name].bfloat16(), value.bfloat16()) for name, value in weights.items())
+    assert any(not torch.equal(early[name], value) for name, value in weights.items())
+    assert Path("adapters/mine/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_rho_loss_from_the_reference_model_to_the_run(there, monkeypatch, capsys):
+    """docs/methods.md: what the run subtracts is the loss of the exported model on each sample."""
+    (block,) = [block for block in blocks(DOCS / "methods.md", "bash") if "rho_loss" in block]
+    reference, export, score, rho = (shlex.split(line) for line in block.splitlines())
+    shorter = ["max_duration=3ba", "eval=null", *SMALLER]
+    run(monkeypatch, capsys, reference, *shorter, "optimizer.lr=0.05")
+    run(monkeypatch, capsys, export)
+    run(monkeypatch, capsys, score, "max_seq_len=64", "selection.projection_dims=[8,4]", "device=cpu", "window=8")
+    run(monkeypatch, capsys, rho, *shorter)
+    rows = SelectionLog.open("runs/rho").table(columns=["sample_id", "loss", "reference_loss", "score"]).to_pylist()
+    assert len(rows) == 24
+    model, tokenizer = (kind.from_pretrained("models/reference") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    stream = UDSStreamingDataset(local="streams/train", batch_size=1, shuffle=False)
+    collate = SFTCollator(tokenizer=tokenizer, max_seq_len=64)
+    for row in rows[::5]:
+        batch = collate([stream.get_item(row["sample_id"])])
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"]).logits
+        loss = functional.cross_entropy(logits[0, :-1].double(), batch["labels"][0, 1:])
+        assert row["reference_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["score"] == pytest.approx(row["loss"] - loss.item(), abs=1e-5)
+    stream.close()
 
 
 def test_what_may_change_is_what_the_guide_lists():

@@ -216,6 +216,13 @@ class JobFolder:
         sync_file(self.path)
         self.close()
 
+    def clear(self) -> None:
+        """Removes what an interrupted job left in `_job/`: for a job that begins anew."""
+        with write_errors(self.work):
+            for entry in self.work.iterdir():
+                if entry.name not in (_JOB, _LOCK, _PUBLISH):
+                    _remove(entry)
+
     def discard(self) -> None:
         """Removes `_job/` with all that is in it, and the output folder when nothing is left: for a job that came to nothing."""
         with write_errors(self.work):

@@ -19,6 +19,7 @@ from udsstream.cli.bench import bench
 from udsstream.cli.compare import compare
 from udsstream.cli.curate import curate
 from udsstream.cli.demo import demo
+from udsstream.cli.export import export
 from udsstream.cli.ingest import ingest
 from udsstream.cli.log import log
 from udsstream.cli.options import is_rank_zero
@@ -78,6 +79,7 @@ for command in (
     report,
     _goes_on(compare),
     _goes_on(curate),
+    export,
     bench,
     _goes_on(demo),
     _goes_on(ingest),

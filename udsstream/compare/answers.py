@@ -18,7 +18,7 @@ from udsstream.compare.config import AnswersConfig
 from udsstream.compare.results import ANSWERS
 from udsstream.errors import DataError, ResumeError
 from udsstream.run_config import RunConfig
-from udsstream.run_folder import write_atomically
+from udsstream.run_folder import SUMMARY, write_atomically
 
 __all__ = ["answer_run", "answers_are_there", "final_number", "generate", "split_at_response"]
 
@@ -69,13 +69,12 @@ def answer_run(config: RunConfig, settings: AnswersConfig) -> float:
         DataError: the held-out data has no sample with a prompt and a final number.
         ResumeError: the run kept no checkpoint of its end.
     """
-    from udsstream.pipeline import build_model, join_ranks
+    from udsstream.pipeline import join_ranks
     from udsstream.sft import tokenize
 
     device = join_ranks(config.device)
     folder = Path(config.save_folder)
-    model = build_model(config.model)
-    _load_last_weights(model, folder)
+    model = _model_at_its_end(config, folder)
     tokenizer: Any = model.tokenizer
     ids, prompts, expected = [], [], []
     for row in _rows(config, settings.samples):
@@ -191,27 +190,14 @@ def _rows(config: RunConfig, samples: int) -> list[dict[str, Any]]:
     return [dataset.get_item(number) for number in range(min(samples, dataset.num_samples))]
 
 
-def _load_last_weights(model: Any, folder: Path) -> None:
-    """Puts the weights of the run's last checkpoint into the model as it was built.
+def _model_at_its_end(config: RunConfig, folder: Path) -> Any:
+    from udsstream.mosaicml.checkpoint import checkpoints_in
+    from udsstream.trained_model import load_trained_model
 
-    Raises:
-        ResumeError: there is none of the run's end, or it is of another model.
-    """
-    from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
-
-    last = json.loads((folder / "summary.json").read_text())["batches"]
-    path = checkpoints_in(folder / "checkpoints").get(last)
-    if path is None:
+    last = json.loads((folder / SUMMARY).read_text())["batches"]
+    if last not in checkpoints_in(folder / "checkpoints"):
         raise ResumeError(
             f"{folder} has no checkpoint of step {last}, its end, so that its model cannot be asked for answers; remove the folder to "
             "train it again, or leave answers out"
         )
-    weights = model_weights(read_checkpoint(path))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = sorted(trained - weights.keys())
-    found = model.load_state_dict(weights, strict=False)
-    if missing or found.unexpected_keys:
-        name = (missing or list(found.unexpected_keys))[0]
-        raise ResumeError(
-            f"{path} is of another model than {folder}/config.yaml: {'it lacks' if missing else 'only it has'} the weight {name}"
-        )
+    return load_trained_model(config, folder, step=last)
