@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,35 @@ def test_the_files_and_what_is_printed(comparison, finished, tmp_path):
     printed = console.export_text()
     for expected in ("0.8500 ± 0.2121", "Differences are to `random`", "none, seed 2: failed"):
         assert expected in printed
+
+
+def printed_at(comparison, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_table(comparison, console=console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [140, 100, 80, 60, 50])
+def test_no_figure_is_cut_however_narrow_the_terminal(comparison, width):
+    """What does not fit is left out by name; the figures of the columns that are there are whole."""
+    printed = printed_at(comparison, width)
+    table = printed.split("Differences are")[0]
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    for figure in ("0.8500", "± 0.2121", "random", "long"):
+        assert figure in table
+    columns, _, note = table.partition("For want of width without ")
+    left_out = " ".join(note.split()).removesuffix(": all columns are in table.md.").split(", ")
+    for name in ("seeds", "better", "tokens", "seconds"):
+        there = re.search(rf"\b{name}\b", columns) is not None
+        assert there == (name not in left_out), name
+    assert bool(note) == (width < 100)
+
+
+def test_a_wide_terminal_has_one_line_for_each_entry(comparison):
+    printed = printed_at(comparison, 140)
+    assert "For want of width" not in printed
+    assert re.search(r"^ *long .*0\.8500 ± 0\.2121", printed, flags=re.MULTILINE)
 
 
 def test_without_a_baseline_there_are_no_differences(tmp_path):

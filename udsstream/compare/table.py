@@ -261,23 +261,34 @@ def _run_as_dict(run: FinishedRun) -> dict[str, Any]:
     return plain | {"loss": run.loss, "curve": curve}
 
 
-_Column = tuple[str, bool]
-"""Heading, and whether it is printed too (a terminal is narrow)."""
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    printed: bool = True
+    """Whether it stands in the terminal's table, not in the file's alone."""
+    spare: int = 0
+    """Of the columns that are printed those with the largest number are the first to be left out; 0 is never."""
 
 
 def _columns(comparison: Comparison) -> list[_Column]:
     minus = f"− {comparison.baseline}"
-    columns: list[_Column] = [("entry", True), ("seeds", True), ("held-out loss", True)]
-    if comparison.baseline is not None:
-        columns += [(minus, True), ("better", True)]
-    columns += [("at equal tokens", True)]
-    if comparison.baseline is not None:
-        columns += [(f"{minus} at equal tokens", False)]
-    columns += [("steps", False), ("tokens", True), ("kept", False), ("seconds", True), ("score ~ length", False)]
-    if any(row.accuracy is not None for row in comparison.rows):
-        columns += [("exact match", True)]
-        if comparison.baseline is not None:
-            columns += [(f"{minus}, exact match", False)]
+    compared = comparison.baseline is not None
+    accuracy = any(row.accuracy is not None for row in comparison.rows)
+    columns = [
+        _Column("entry"),
+        _Column("seeds", spare=2),
+        _Column("held-out loss"),
+        *([_Column(minus), _Column("better", spare=1)] if compared else []),
+        _Column("at equal tokens", spare=3),
+        *([_Column(f"{minus} at equal tokens", printed=False)] if compared else []),
+        _Column("steps", printed=False),
+        _Column("tokens"),
+        _Column("kept", printed=False),
+        _Column("seconds", spare=4),
+        _Column("score ~ length", printed=False),
+        *([_Column("exact match")] if accuracy else []),
+        *([_Column(f"{minus}, exact match", printed=False)] if accuracy and compared else []),
+    ]
     return columns
 
 
@@ -305,7 +316,7 @@ def _cells(row: EntryRow, comparison: Comparison) -> dict[str, str]:
 
 def as_markdown(comparison: Comparison) -> str:
     """The table, the overlaps and the notes as a Markdown file."""
-    names = [name for name, _ in _columns(comparison)]
+    names = [column.name for column in _columns(comparison)]
     lines = ["# Comparison", "", _markdown_row(names), _rule(len(names))]
     for row in comparison.rows:
         cells = _cells(row, comparison)
@@ -336,20 +347,46 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 def print_table(comparison: Comparison, *, console: Console | None = None) -> None:
-    """The columns that matter most, the notes, and what is not finished."""
+    """The columns that matter most, the notes, and what is not finished.
+
+    No figure is cut: where the terminal is narrow spreads go below their means, and then columns are left out, by name.
+    """
     console = console or Console()
-    names = [name for name, printed in _columns(comparison) if printed]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in names:
-        table.add_column(name, justify="left" if name == "entry" else "right", no_wrap=name == "entry")
-    for row in comparison.rows:
-        cells = _cells(row, comparison)
-        table.add_row(*(cells[name] for name in names))
+    printed = [column for column in _columns(comparison) if column.printed]
+    cells = [_cells(row, comparison) for row in comparison.rows]
+    left_out = []
+    table = _as_table(cells, [column.name for column in printed], folded=False)
+    if _width(table, console) > console.width:
+        for column in sorted(printed, key=lambda column: column.spare, reverse=True):
+            names = [column.name for column in printed if column.name not in left_out]
+            table = _as_table(cells, names, folded=True)
+            if column.spare == 0 or _width(table, console) <= console.width:
+                break
+            left_out.append(column.name)
     console.print(table)
+    if left_out:
+        note = f"For want of width without {', '.join(left_out)}: all columns are in table.md."
+        console.print(note, highlight=False, markup=False)
     for note in comparison.notes:
         console.print(note, highlight=False, markup=False)
     for line in _failures(comparison):
         console.print(line, highlight=False, markup=False)
+
+
+def _width(table: Table, console: Console) -> int:
+    """What it takes with nothing cut."""
+    return console.measure(table, options=console.options.update_width(10_000)).maximum
+
+
+def _as_table(cells: Sequence[dict[str, str]], names: Sequence[str], *, folded: bool) -> Table:
+    """Folded: headings broken between words, spreads below their means."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in names:
+        heading = name.replace("− ", "−\N{NO-BREAK SPACE}").replace(" ", "\n") if folded else name
+        table.add_column(heading, justify="left" if name == "entry" else "right", no_wrap=True)
+    for row in cells:
+        table.add_row(*(row[name].replace(" ±", "\n±") if folded else row[name] for name in names))
+    return table
 
 
 def _failures(comparison: Comparison) -> list[str]:
