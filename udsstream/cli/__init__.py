@@ -79,7 +79,7 @@ for command in (
     report,
     _goes_on(compare),
     _goes_on(curate),
-    export,
+    _goes_on(export),
     bench,
     _goes_on(demo),
     _goes_on(ingest),
