@@ -6,6 +6,8 @@
 # make dist   wheel and source distribution, in dist/
 PYTHON ?= python3
 BIN := .venv/bin
+# A test keeps one core busy; each process that runs them has torch and the rest in its memory, about 1.5 GB.
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test lint soak docs dist clean
 .DELETE_ON_ERROR:
@@ -14,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/udsstream demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" $(PARALLEL)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

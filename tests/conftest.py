@@ -15,8 +15,10 @@ from typing import Any
 
 # NumPy is only the oracle here, on small matrices; its threads and torch's would wait for each other (10× slower on 2 cores).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Streaming leaves lock files in the temporary folder and passes over the names that they stand for.
-os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="udsstream-tests-")
+# Streaming leaves lock files in the temporary folder and passes over the names that they stand for. (One of several processes of
+# pytest-xdist finds the first one's folder set, and makes its own beside it: nested paths get too long for sockets.)
+_beside = Path(os.environ["TMPDIR"]).parent if "PYTEST_XDIST_WORKER" in os.environ else None
+os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="udsstream-tests-", dir=_beside)
 tempfile.tempdir = None
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 

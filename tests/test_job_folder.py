@@ -121,11 +121,10 @@ HOLDER = textwrap.dedent("""
     import os, sys, time
     from udsstream.job_folder import JobFolder
     folder = JobFolder.claim(sys.argv[1], {"a": 1})
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by then it has let go of the lock
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """)
 
