@@ -115,6 +115,22 @@ def test_a_job_that_came_to_nothing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_that_begins_anew_finds_nothing_of_the_interrupted_one(tmp_path):
+    with JobFolder.claim(tmp_path, JOB) as folder:
+        assert folder.contents() == []
+        (folder.work / "half").write_text("x")
+        (folder.work / "parts").mkdir()
+        (folder.work / "parts" / "a").write_text("y")
+        assert folder.contents() == ["half", "parts"]
+    with JobFolder.claim(tmp_path, JOB) as folder:
+        assert folder.resumed
+        folder.clear()
+        assert folder.contents() == []
+        (folder.work / "whole").write_text("z")
+        folder.publish(folder.contents(), last="whole")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
+
+
 # Several processes --------------------------------------------------------------------------------------------------------
 
 HOLDER = textwrap.dedent("""

@@ -216,12 +216,16 @@ class JobFolder:
         sync_file(self.path)
         self.close()
 
+    def contents(self) -> list[str]:
+        """The names of what the job itself has put into `_job/`, sorted."""
+        with write_errors(self.work):
+            return sorted({entry.name for entry in self.work.iterdir()} - {_JOB, _LOCK, _PUBLISH})
+
     def clear(self) -> None:
         """Removes what an interrupted job left in `_job/`: for a job that begins anew."""
-        with write_errors(self.work):
-            for entry in self.work.iterdir():
-                if entry.name not in (_JOB, _LOCK, _PUBLISH):
-                    _remove(entry)
+        for name in self.contents():
+            with write_errors(self.work / name):
+                _remove(self.work / name)
 
     def discard(self) -> None:
         """Removes `_job/` with all that is in it, and the output folder when nothing is left: for a job that came to nothing."""

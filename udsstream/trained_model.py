@@ -103,13 +103,11 @@ def export_model(
         model = model.to(getattr(torch, origin["dtype"]))
         exported = ExportedModel(**origin, weights_sha256=weights_sha256(torch.nn.ModuleDict({"model": model})))
         folder.clear()
-        names = {entry.name for entry in folder.work.iterdir()}
         model.save_pretrained(folder.work, safe_serialization=True)
         trained.tokenizer.save_pretrained(folder.work)
         description = {"udsstream": __version__, **asdict(exported)}
         replace_file(folder.work / ORIGIN, (json.dumps(description, indent=2) + "\n").encode())
-        names = {entry.name for entry in folder.work.iterdir()} - names
-        folder.publish(sorted(names), last="adapter_config.json" if adapter else "config.json")
+        folder.publish(folder.contents(), last="adapter_config.json" if adapter else "config.json")
     return exported
 
 
