@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jobs
@@ -13,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from udsstream import SelectionLog, pipeline, trained_model
+from udsstream import SelectionLog, pipeline
 from udsstream.errors import ConfigError, OutputExistsError, ResumeError
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
 from udsstream.run_config import parse_run_config
@@ -211,7 +212,7 @@ def test_an_export_that_was_interrupted_between_its_files_is_completed(root, tmp
     expected = export_model(root / "lora", tmp_path / "other")
     moves = []
 
-    def killed(source, target, replace=trained_model.JobFolder._move.__globals__["os"].replace):
+    def killed(source, target, replace=os.replace):
         if Path(target).parent == tmp_path / "out":
             moves.append(target)
             if len(moves) == 3:

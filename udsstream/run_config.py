@@ -27,6 +27,7 @@ __all__ = [
     "EvalConfig",
     "LoraSettings",
     "ModelConfig",
+    "ModelDtype",
     "OptimizerConfig",
     "RunConfig",
     "SchedulerConfig",
@@ -43,6 +44,7 @@ __all__ = [
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Timestring = Annotated[str, Field(pattern=r"^\d+(ba|ep|sp|tok)$")]
+ModelDtype = Literal["float32", "bfloat16", "float16"]
 
 _MAY_CHANGE = (
     "autoresume",
@@ -87,7 +89,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     tokenizer: str | None = None
     """Name or folder of the tokenizer. None: the model's."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: ModelDtype = "float32"
     """Of the weights in memory. Training computes in `precision`."""
     lora: LoraSettings | None = None
     """None: all weights are trained."""

@@ -7,10 +7,9 @@ folder for `from_pretrained`: to evaluate it, to serve it, to choose with it (`u
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from composer.models import HuggingFaceModel
@@ -21,14 +20,13 @@ from udsstream.job_folder import JobFolder, replace_file
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint, selection_state
 from udsstream.mosaicml.scoring_pass import weights_sha256
 from udsstream.pipeline import build_model
-from udsstream.run_config import RunConfig, load_run_config
+from udsstream.run_config import ModelDtype, RunConfig, load_run_config
 from udsstream.run_folder import CONFIG
 
-__all__ = ["DTYPES", "ORIGIN", "ExportedModel", "export_model", "load_trained_model"]
+__all__ = ["ORIGIN", "ExportedModel", "export_model", "load_trained_model"]
 
 ORIGIN = "udsstream.json"
 """Says of an exported model which run it comes from."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +68,9 @@ def export_model(
         OutputExistsError: `out` holds something else.
         ModelError: the base model cannot be loaded.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: not one of {', '.join(DTYPES)}")
+    dtypes = get_args(ModelDtype)
+    if dtype is not None and dtype not in dtypes:
+        raise ConfigError(f"dtype={dtype!r}: not one of {', '.join(dtypes)}")
     if not (run / CONFIG).exists():
         raise ConfigError(
             f"{run} holds no {CONFIG}: only a job of `udsstream train` says how its model is built. A model that a script of your own "
@@ -124,8 +123,8 @@ def _restore_types(model: Any) -> None:
         settings.peft_type, settings.task_type = PeftType(settings.peft_type), TaskType(settings.task_type)
 
 
-def load_trained_model(config: RunConfig, run: Path, *, step: int | None = None) -> HuggingFaceModel:
-    """The model of a job as it was after `step` steps (None: at its newest checkpoint), on the host.
+def load_trained_model(config: RunConfig, run: Path, *, step: int) -> HuggingFaceModel:
+    """The model of a job as it was after `step` steps, on the host.
 
     Raises:
         ResumeError: there is no such checkpoint, or it is of another model than the configuration's.
@@ -147,9 +146,9 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, int]:
     return there[wanted], wanted
 
 
-def _with_weights(config: RunConfig, checkpoint: Mapping[str, Any], path: Path) -> HuggingFaceModel:
+def _with_weights(config: RunConfig, checkpoint: dict[str, Any], path: Path) -> HuggingFaceModel:
     model = build_model(config.model)
-    weights = model_weights(dict(checkpoint))
+    weights = model_weights(checkpoint)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing = sorted(trained - weights.keys())
     try:

@@ -139,9 +139,7 @@ def test_the_files_and_what_is_printed(comparison, finished, tmp_path):
     assert cells["random"]["− random"] == ""
     assert cells["late"]["kept"] == "50.0%"
     assert cells["none"]["held-out loss"] == "–"
-    console = Console(width=140, record=True)
-    print_table(comparison, console=console)
-    printed = console.export_text()
+    printed = printed_at(comparison, 140)
     for expected in ("0.8500 ± 0.2121", "Differences are to `random`", "none, seed 2: failed"):
         assert expected in printed
 

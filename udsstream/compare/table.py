@@ -274,7 +274,7 @@ def _columns(comparison: Comparison) -> list[_Column]:
     minus = f"− {comparison.baseline}"
     compared = comparison.baseline is not None
     accuracy = any(row.accuracy is not None for row in comparison.rows)
-    columns = [
+    return [
         _Column("entry"),
         _Column("seeds", spare=2),
         _Column("held-out loss"),
@@ -289,7 +289,6 @@ def _columns(comparison: Comparison) -> list[_Column]:
         *([_Column("exact match")] if accuracy else []),
         *([_Column(f"{minus}, exact match", printed=False)] if accuracy and compared else []),
     ]
-    return columns
 
 
 def _cells(row: EntryRow, comparison: Comparison) -> dict[str, str]:
@@ -353,16 +352,17 @@ def print_table(comparison: Comparison, *, console: Console | None = None) -> No
     """
     console = console or Console()
     printed = [column for column in _columns(comparison) if column.printed]
+    names = [column.name for column in printed]
     cells = [_cells(row, comparison) for row in comparison.rows]
+    table = _as_table(cells, names, folded=False)
     left_out = []
-    table = _as_table(cells, [column.name for column in printed], folded=False)
-    if _width(table, console) > console.width:
-        for column in sorted(printed, key=lambda column: column.spare, reverse=True):
-            names = [column.name for column in printed if column.name not in left_out]
-            table = _as_table(cells, names, folded=True)
-            if column.spare == 0 or _width(table, console) <= console.width:
+    if not _fits(table, console):
+        table = _as_table(cells, names, folded=True)
+        for column in sorted(filter(lambda column: column.spare, printed), key=lambda column: -column.spare):
+            if _fits(table, console):
                 break
             left_out.append(column.name)
+            table = _as_table(cells, [name for name in names if name not in left_out], folded=True)
     console.print(table)
     if left_out:
         note = f"For want of width without {', '.join(left_out)}: all columns are in table.md."
@@ -373,9 +373,9 @@ def print_table(comparison: Comparison, *, console: Console | None = None) -> No
         console.print(line, highlight=False, markup=False)
 
 
-def _width(table: Table, console: Console) -> int:
-    """What it takes with nothing cut."""
-    return console.measure(table, options=console.options.update_width(10_000)).maximum
+def _fits(table: Table, console: Console) -> bool:
+    """Whether nothing would be cut."""
+    return console.measure(table, options=console.options.update_width(10_000)).maximum <= console.width
 
 
 def _as_table(cells: Sequence[dict[str, str]], names: Sequence[str], *, folded: bool) -> Table:
