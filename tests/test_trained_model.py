@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jobs
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from udsstream import SelectionLog, pipeline
-from udsstream.errors import ConfigError, OutputExistsError, ResumeError
+from udsstream.errors import ConfigError, ModelError, OutputExistsError, ResumeError
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
 from udsstream.run_config import parse_run_config
 from udsstream.selection_log.digest import merkle_root
@@ -186,6 +187,18 @@ def test_weights_of_another_model_are_refused(root, tmp_path):
     (run / "checkpoints" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ResumeError, match=r"is of another model than the run's config\.yaml: .*size mismatch"):
         export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # or the next export into it, of another run, would be refused
+
+
+def test_a_base_model_that_is_gone_leaves_nothing_behind(root, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(root / "lora", run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["name"] = str(tmp_path / "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ModelError, match=r"model\.name='.*gone': cannot be loaded"):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_that_was_interrupted_is_done_again(root, tmp_path, monkeypatch):

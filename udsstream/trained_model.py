@@ -15,7 +15,7 @@ import torch
 from composer.models import HuggingFaceModel
 
 from udsstream import __version__
-from udsstream.errors import ConfigError, ResumeError
+from udsstream.errors import ConfigError, ResumeError, UdsstreamError
 from udsstream.job_folder import JobFolder, replace_file
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint, selection_state
 from udsstream.mosaicml.scoring_pass import weights_sha256
@@ -93,7 +93,11 @@ def export_model(
     with JobFolder.claim(out, origin | {"run": str(run.absolute())}) as folder:
         if folder.published:  # a publication that was interrupted, and is whole now
             return ExportedModel(**_described(out))
-        trained: Any = _with_weights(config, checkpoint, path)
+        try:
+            trained: Any = _with_weights(config, checkpoint, path)
+        except UdsstreamError:
+            folder.discard()
+            raise
         model = trained.model
         if config.model.lora is not None and not adapter:
             model = model.merge_and_unload(safe_merge=True)
