@@ -41,7 +41,7 @@ class ExportedModel:
     """`model` (whole; adapters are merged into it) or `adapter`."""
     dtype: str
     weights_sha256: str
-    """Of all weights by name, as the record of a pass with this model (`udsstream curate --score`) names them."""
+    """Of all weights by name, as the record of a pass with this model in this dtype (`udsstream curate --score`) names them."""
     run_id: str | None
     """The log's, and the root of its digests when the checkpoint was saved; None for a run that chose nothing."""
     log_root: str | None
@@ -53,7 +53,8 @@ def export_model(
     """Writes the model of a training job as a folder that `from_pretrained` reads, with its tokenizer.
 
     Adapters are merged into the weights (W + (α/r) B A, arXiv 2106.09685, section 4.1) unless `adapter` asks for them alone. Weights are
-    safetensors; no pickled code is run, and none written. What is there appears as a whole; a killed export is done again by the same call.
+    safetensors; no pickled code is run, and none written. The configuration comes last, so that what is not whole cannot be
+    loaded; a killed export is done again by the same call.
 
     Args:
         run: the folder of a job of `udsstream train`.
