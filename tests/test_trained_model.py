@@ -206,6 +206,7 @@ def test_an_export_that_was_interrupted_is_done_again(root, tmp_path, monkeypatc
 
     def interrupted(self, folder, **settings):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
+        (Path(folder) / "tokenizer.model").write_bytes(b"as another version of transformers would")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
