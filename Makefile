@@ -6,7 +6,7 @@
 # make dist   wheel and source distribution, in dist/
 PYTHON ?= python3
 BIN := .venv/bin
-# A test keeps one core busy; each process that runs them has torch and the rest in its memory, about 1.5 GB.
+# A test keeps one core busy. A process that runs them grows to about 1.4 GB, and the one that gets the demo with its model to 4 GB.
 PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test lint soak docs dist clean

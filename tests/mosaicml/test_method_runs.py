@@ -11,6 +11,7 @@ import launch
 import numpy as np
 import oracles
 import pytest
+import tiny
 import torch
 from tiny import TinyRun, collate, write_stream
 
@@ -349,6 +350,27 @@ def test_reference_losses_come_from_a_log_of_the_same_streams(streams, tmp_path)
     lengths.run()
     with pytest.raises(ConfigError, match=r"records no losses \(its method is longest\)"):
         OnlineBatchSelection(method="rho_loss", reference=log_of(lengths).root)
+
+
+def test_reference_losses_of_otherwise_tokenised_samples_are_refused(streams, tmp_path, monkeypatch):
+    """A pass with another template or limit recorded the losses of other texts; the log's token counts tell."""
+
+    def cut(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return collate([{**row, "input_ids": row["input_ids"][:9]} for row in rows])
+
+    recorded = TinyRun(
+        streams=streams, folder=str(tmp_path / "reference"), duration="1ep", selection={"method": "max_loss"}, lr=0.0
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny, "collate", cut)
+        recorded.run()
+    longest = max(log_of(recorded).table()["tokens"].to_pylist())
+    assert longest == 9
+    run = run_of(streams, tmp_path / "run", "rho_loss", selection={"reference": log_of(recorded).root})
+    with pytest.raises(
+        DataError, match=r"\d of 8 candidates have another number of tokens than when .*sample \d+ has \d\d, had 9"
+    ):
+        run.run()
 
 
 # Several ranks ------------------------------------------------------------------------------------------------------------

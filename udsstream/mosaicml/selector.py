@@ -306,7 +306,7 @@ class CandidateSelector:
             values["inter"] = self.buffer.mean_distance(embeddings)
         if "reference_loss" in measures:
             assert self._reference is not None
-            values["reference_loss"] = self._reference.of(ids).to(self._device)
+            values["reference_loss"] = self._reference.of(ids, lengths).to(self._device)
         interaction = None
         if self.config.compares:
             products = self._measurer.products(batch, mask, lengths)
