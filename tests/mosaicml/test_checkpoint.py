@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,43 @@ def test_what_is_no_checkpoint_is_named(run, tmp_path):
     ):
         with pytest.raises(ResumeError, match=rf"{name}.pt.*{message}"):
             read_checkpoint(tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"junk\n" * 3,
+        b"\x80\x02K\x01R.",
+        b"\x80\x02]K\x05aa.",  # more is taken from the stack than there is
+        b"\x80\x02)\x81.",
+    ],
+)
+def test_bytes_that_torch_did_not_write_are_named_so(content, tmp_path):
+    path = tmp_path / "junk.pt"
+    path.write_bytes(content)
+    with pytest.raises(ResumeError, match=r"junk\.pt cannot be read as a checkpoint: torch.save has not written it so"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_with_flipped_bytes_is_read_or_named(run, tmp_path):
+    """The pickle within the archive, stored again with its checksum, so that the unpickler sees what was changed."""
+    good = checkpoints_in(run / "checkpoints")[4]
+    with zipfile.ZipFile(good) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in members if name.endswith("data.pkl"))
+    rng, path, refused = random.Random(7), tmp_path / "bad.pt", 0
+    for _ in range(200):
+        changed = bytearray(members[pickled])
+        for _ in range(3):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, bytes(changed) if name == pickled else content)
+        try:
+            read_checkpoint(path)
+        except ResumeError:
+            refused += 1
+    assert refused > 20
 
 
 def test_a_run_without_selection_has_no_state_of_it(run, tmp_path):

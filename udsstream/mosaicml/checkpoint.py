@@ -51,10 +51,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it names {named[1]}, which could run code" if named else "torch's restricted unpickler refuses it"
         raise ResumeError(f"{path} is not read: {what}. Use a checkpoint that Composer saved in this run") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ResumeError(
-            f"{path} cannot be read as a checkpoint: {error}. It may be torn: use an older one"
-        ) from error
+    except Exception as error:  # bytes that torch did not write can make the unpickler stumble anywhere
+        known = isinstance(error, RuntimeError | OSError | ValueError) and str(error)
+        why = error if known else f"torch.save has not written it so ({type(error).__name__} while reading)"
+        raise ResumeError(f"{path} cannot be read as a checkpoint: {why}. It may be torn: use an older one") from error
     if not isinstance(loaded, dict) or not isinstance(state := loaded.get("state"), dict) or "model" not in state:
         raise ResumeError(f"{path} is a file of torch, but no checkpoint of Composer: it holds no state of a model")
     _check_algorithms(path, state.get("algorithms", []))
