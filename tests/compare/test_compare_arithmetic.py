@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udsstream.compare.arithmetic import Spread, at, chance_overlap, overlap, paired, spread
+from udsstream.compare.arithmetic import Spread, at, chance_overlap, holm, overlap, paired, spread, t_test
 
 
 def test_spread():
@@ -23,6 +23,53 @@ def test_spread():
 
 def test_paired_takes_the_seeds_that_both_have():
     assert paired({1: 0.5, 2: 0.25, 3: None, 4: 1.0}, {1: 1.0, 2: None, 3: 1.0, 4: 0.5, 5: 9.0}) == [-0.5, 0.5]
+
+
+def students_tails(t: float, freedom: int) -> float:
+    """P(|T| > t) by Simpson's rule over Student's density (1908), with x = tan θ so that the tail is finite."""
+    theta = np.linspace(math.atan(t), math.pi / 2, 20_001)[:-1]
+    density = (1 + np.tan(theta) ** 2 / freedom) ** (-(freedom + 1) / 2) / np.cos(theta) ** 2
+    density = np.append(density, 1.0 if freedom == 1 else 0.0)  # the limit at π/2
+    weights = np.where(np.arange(len(density)) % 2, 4.0, 2.0)
+    weights[[0, -1]] = 1.0
+    integral = float((weights * density).sum()) * (math.pi / 2 - math.atan(t)) / (len(density) - 1) / 3
+    constant = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+    return 2 * constant * integral
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 9, 16, 31])
+@pytest.mark.parametrize("shift", [-2.5, -0.3, 0.0, 0.8])
+def test_t_test_is_the_integral_of_the_tails(n, shift):
+    differences = np.random.default_rng(n).normal(shift, 1.0, n).tolist()
+    t = abs(np.mean(differences)) / (np.std(differences, ddof=1) / math.sqrt(n))
+    assert t_test(differences) == pytest.approx(students_tails(t, n - 1), rel=1e-6, abs=1e-12)
+    assert t_test([-value for value in differences]) == t_test(differences)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "critical"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228)]
+)
+def test_t_test_at_the_tabulated_critical_values(freedom, critical):
+    """Student's t, two-sided 5%: any table has them."""
+    n = freedom + 1
+    values = np.arange(n) - freedom / 2
+    differences = values / values.std(ddof=1) + critical / math.sqrt(n)
+    assert t_test(differences.tolist()) == pytest.approx(0.05, abs=5e-5)
+
+
+def test_t_test_of_few_or_equal_differences():
+    assert t_test([]) is None
+    assert t_test([0.5]) is None
+    assert t_test([0.5, 0.5]) == 0.0
+    assert t_test([0.0, 0.0, 0.0]) == 1.0
+
+
+def test_holm_goes_on_until_the_first_that_is_not_rejected():
+    p_values = {"a": 0.06, "b": 0.001, "c": 0.02, "d": 0.015}
+    assert holm(p_values) == ["b", "d", "c"]  # ≤ 0.05 / 4, / 3, / 2
+    assert holm(p_values | {"d": 0.02}) == ["b"]  # 0.02 > 0.05 / 3: c, which alone would pass at 0.05 / 2, is not asked
+    assert holm({"a": 0.05}) == ["a"]
+    assert holm({}) == []
 
 
 def test_at_is_on_the_straight_line_between_two_points():

@@ -6,10 +6,12 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from comparisons import finished_run, settings_of
 
+from udsstream.compare.arithmetic import t_test
 from udsstream.compare.config import CompareConfig, load_compare_config, plan_runs
 from udsstream.compare.table import as_markdown, compare_runs
 
@@ -53,3 +55,16 @@ def test_how_large_a_difference_of_three_seeds_must_be():
     assert 2 * (1 - (0.5 + t / (2 * math.sqrt(2 + t * t)))) == pytest.approx(0.05, abs=2e-4)
     assert t / math.sqrt(3) == pytest.approx(2.5, abs=0.03)
     assert "about 2.5 times its ±" in PAGE
+
+
+def p_of_factor(n: int, factor: float) -> float | None:
+    """The p-value of n differences whose mean is `factor` times their standard deviation."""
+    values = np.arange(n) - (n - 1) / 2
+    return t_test((values / values.std(ddof=1) + factor).tolist())
+
+
+def test_how_large_other_differences_must_be():
+    assert p_of_factor(5, 1.24) == pytest.approx(0.05, abs=2e-4)
+    assert "with five, 1.24 times" in PAGE
+    assert p_of_factor(3, 9.3) == pytest.approx(0.05 / 13, rel=0.01)
+    assert "of thirteen differences the first must be 9 times its ±" in PAGE

@@ -58,6 +58,38 @@ def test_held_out_losses_and_their_differences_within_seeds(comparison):
     assert (none.loss, none.seeds, none.tokens) == (None, (), None)
 
 
+def test_which_differences_are_more_than_chance(tmp_path):
+    entries = {name: {} for name in ("random", "lower", "higher", "so-so", "once")}
+    config = CompareConfig(**settings_of(tmp_path, "m", Path("d"), entries=entries, seeds=[1, 2, 3]))
+    ends = {
+        "random": [1.0, 1.1, 0.9], "lower": [0.9, 1.001, 0.799], "higher": [1.01, 1.112, 0.914],
+        "so-so": [0.9, 1.2, 0.8], "once": [0.5],
+    }  # fmt: skip
+    finished = [
+        finished_run(name, seed, losses=[2.0, loss], tokens=[0, 10])
+        for name, losses in ends.items()
+        for seed, loss in enumerate(losses, start=1)
+    ]
+    comparison = compare_runs(config, plan_runs(config), finished)
+    # With 2 degrees of freedom p = 1 − t / √(2 + t²): differences −0.1, −0.099, −0.101 and 0.01, 0.012, 0.014; so-so: t = 1/2.
+    t_lower, t_higher = 0.1 / (0.001 / math.sqrt(3)), 0.012 / (0.002 / math.sqrt(3))
+    assert row(comparison, "lower").p_value == pytest.approx(1 - t_lower / math.sqrt(2 + t_lower**2))
+    assert row(comparison, "higher").p_value == pytest.approx(1 - t_higher / math.sqrt(2 + t_higher**2))
+    assert row(comparison, "random").p_value is None
+    assert row(comparison, "once").p_value is None
+    (note,) = [note for note in comparison.notes if "chance" in note]
+    assert note == (
+        "More than chance by a paired t-test at 5%: lower, higher. With Holm's correction for 3 entries: lower, higher."
+    )
+    lines = as_markdown(comparison).splitlines()
+    place = lines[2].split("|").index(" p ")
+    assert [line.split("|")[place].strip() for line in lines[4:9]] == ["", "<0.001", "0.009", "0.667", ""]
+
+    weaker = [run for run in finished if run.entry in ("random", "so-so")]
+    (note,) = [note for note in compare_runs(config, plan_runs(config), weaker).notes if "chance" in note]
+    assert note == "More than chance by a paired t-test at 5%: none."
+
+
 def test_losses_at_equal_tokens(comparison):
     assert comparison.equal_tokens == 200  # random, seed 1: the smallest
     random, long, late = (row(comparison, name) for name in ("random", "long", "late"))

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from udsstream.compare.arithmetic import Spread, at, chance_overlap, paired, spread
+from udsstream.compare.arithmetic import Spread, at, chance_overlap, holm, paired, spread, t_test
 from udsstream.compare.config import CompareConfig, PlannedRun
 from udsstream.compare.results import FinishedRun, choices_overlap
 from udsstream.run_folder import write_atomically
@@ -41,6 +41,8 @@ class EntryRow:
     """To the baseline, within seeds: `loss − baseline's loss`."""
     better: int | None
     """In how many of those seeds the loss is below the baseline's."""
+    p_value: float | None
+    """Of a two-sided paired t-test of these differences; None for fewer than two."""
     loss_at_equal_tokens: Spread | None
     difference_at_equal_tokens: Spread | None
     steps: Spread | None
@@ -117,7 +119,7 @@ def compare_runs(
         rows=rows,
         states=_states(config, runs, finished, failures or {}),
         chance=_chance(reference),
-        notes=tuple(_notes(config, baseline, equal_tokens, finished, sorted(set(differing)))),
+        notes=tuple(_notes(config, baseline, equal_tokens, finished, rows, sorted(set(differing)))),
     )
 
 
@@ -160,6 +162,7 @@ def _row(
         loss=spread([run.loss for run in runs]),
         difference=spread(gaps),
         better=sum(gap < 0 for gap in gaps) if gaps else None,
+        p_value=t_test(gaps),
         loss_at_equal_tokens=spread(list(equal(mine).values())),
         difference_at_equal_tokens=spread(equal_gaps),
         steps=spread([run.steps for run in runs]),
@@ -207,6 +210,7 @@ def _notes(
     baseline: str | None,
     equal_tokens: int | None,
     finished: Sequence[FinishedRun],
+    rows: Sequence[EntryRow],
     differing: Sequence[str],
 ) -> list[str]:
     notes = []
@@ -214,6 +218,7 @@ def _notes(
         notes.append(
             f"Differences are to `{baseline}`, taken within each seed; ± is the standard deviation over seeds (n − 1)."
         )
+    notes += _significance(rows)
     if equal_tokens is not None:
         evaluations = min(len(run.curve.step) for run in finished if run.loss is not None)
         notes.append(
@@ -230,6 +235,20 @@ def _notes(
             f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}: too few to tell a difference from chance."
         )
     return notes
+
+
+def _significance(rows: Sequence[EntryRow]) -> list[str]:
+    """Which differences are more than chance, one by one and all of them together."""
+    p_values = {row.entry: row.p_value for row in rows if row.p_value is not None}
+    if not p_values:
+        return []
+    level, count = 0.05, len(p_values)
+    alone = [name for name, p in p_values.items() if p <= level]
+    said = f"More than chance by a paired t-test at {level:.0%}: {', '.join(alone) or 'none'}."
+    if count > 1 and alone:
+        together = holm(p_values, level)
+        said += f" With Holm's correction for {count} entries: {', '.join(together) or 'none'}."
+    return [said]
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -278,7 +297,7 @@ def _columns(comparison: Comparison) -> list[_Column]:
         _Column("entry"),
         _Column("seeds", spare=2),
         _Column("held-out loss"),
-        *([_Column(minus), _Column("better", spare=1)] if compared else []),
+        *([_Column(minus), _Column("better", spare=1), _Column("p", spare=5)] if compared else []),
         _Column("at equal tokens", spare=3),
         *([_Column(f"{minus} at equal tokens", printed=False)] if compared else []),
         _Column("steps", printed=False),
@@ -301,6 +320,7 @@ def _cells(row: EntryRow, comparison: Comparison) -> dict[str, str]:
         "held-out loss": _loss(row.loss),
         minus: _loss(row.difference, signed=True) if compared else "",
         "better": better,
+        "p": "" if row.p_value is None else _p_value(row.p_value),
         "at equal tokens": _loss(row.loss_at_equal_tokens),
         f"{minus} at equal tokens": _loss(row.difference_at_equal_tokens, signed=True) if compared else "",
         "steps": _count(row.steps),
@@ -411,6 +431,10 @@ def _loss(value: Spread | None, *, signed: bool = False) -> str:
         return "–"
     mean = f"{value.mean:{'+' if signed else ''}.4f}".replace("-", "−")
     return mean if value.deviation is None else f"{mean} ± {value.deviation:.4f}"
+
+
+def _p_value(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _share(value: Spread | None, *, signed: bool = False) -> str:
