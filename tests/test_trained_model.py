@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from udsstream import SelectionLog, pipeline
@@ -188,6 +188,24 @@ def test_weights_of_another_model_are_refused(root, tmp_path):
     with pytest.raises(ResumeError, match=r"is of another model than the run's config\.yaml: .*size mismatch"):
         export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()  # or the next export into it, of another run, would be refused
+
+
+def test_another_base_model_of_the_same_name_is_refused(root, tmp_path):
+    """The adapter would be merged into weights that it was not trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(root / "lora", run)
+    shutil.copytree(root / "base", tmp_path / "base")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["name"] = str(tmp_path / "base")
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert export_model(run, tmp_path / "same").step == 5  # only moved
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    name = next(iter(weights))
+    weights[name][0] += 1e-3
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match=r"(?s)-ba5-rank0\.pt was saved with another base model.*frozen weights: was"):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_model_that_is_gone_leaves_nothing_behind(root, tmp_path):

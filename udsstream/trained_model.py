@@ -18,7 +18,7 @@ from udsstream import __version__
 from udsstream.errors import ConfigError, ResumeError, UdsstreamError
 from udsstream.job_folder import JobFolder, replace_file
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint, selection_state
-from udsstream.mosaicml.scoring_pass import weights_sha256
+from udsstream.mosaicml.weights import check_frozen, weights_sha256
 from udsstream.pipeline import build_model
 from udsstream.run_config import ModelDtype, RunConfig, load_run_config
 from udsstream.run_folder import CONFIG
@@ -153,6 +153,7 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, int]:
 
 def _with_weights(config: RunConfig, checkpoint: dict[str, Any], path: Path) -> HuggingFaceModel:
     model = build_model(config.model)
+    check_frozen((selection_state(checkpoint) or {}).get("frozen_sha256"), model, str(path))
     weights = model_weights(checkpoint)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing = sorted(trained - weights.keys())

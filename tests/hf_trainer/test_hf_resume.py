@@ -16,11 +16,12 @@ import launch
 import pytest
 import safetensors.torch
 import torch
-from hf_runs import HFRun, Rows, same
+from hf_runs import HFRun, Rows, llama, same
 
 from udsstream import SelectionLog
 from udsstream.errors import LogExistsError, ResumeError
 from udsstream.hf_trainer.checkpoint import newest_whole_checkpoint
+from udsstream.mosaicml.weights import starting_weights
 
 STATE, ROWS = "udsstream_selection.json", "udsstream_selection.safetensors"
 
@@ -188,6 +189,27 @@ def test_with_other_settings(broken, changes, said):
     with pytest.raises(ResumeError, match=f"(?s){said}"):
         run.run(resume=True, **overrides)
     assert (broken.log_dir / "run.json").read_bytes() == before
+
+
+def test_adapters_do_not_go_on_with_another_base_model(tmp_path):
+    """peft's checkpoints hold none of it."""
+    run = HFRun(
+        folder=str(tmp_path),
+        lora=True,
+        arguments={"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "lr_scheduler_type": "constant"},
+    )
+    run.run()
+    other = llama(lora=True)
+    with torch.no_grad():
+        next(p for p in other.parameters() if not p.requires_grad)[0] += 1e-3
+    run.arguments["max_steps"] = 4
+    with pytest.raises(ResumeError, match=r"(?s)was saved with another base model.*\n  frozen weights: was"):
+        run.run(resume=True, model=other)
+    state = json.loads((tmp_path / "checkpoint-2" / STATE).read_text())
+    recorded = SelectionLog.open(run.log_dir).run["weights"]
+    assert recorded == starting_weights(llama(lora=True))
+    assert state["frozen_sha256"] == recorded["frozen_sha256"]
+    run.run(resume=True)
 
 
 def test_a_checkpoint_of_a_trainer_without_selection(tmp_path):

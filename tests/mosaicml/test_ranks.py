@@ -210,6 +210,7 @@ def test_the_choice_does_not_depend_on_the_number_of_ranks(alone, processes, tmp
     assert all(torch.allclose(weights[name], expected[name], rtol=1e-2, atol=1e-3) for name in expected)
     report = ours.verify()
     assert (report.ranks, report.rows, report.heads) == (ranks, 400, 5)
+    assert ours.run["weights"] == theirs.run["weights"]
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ from udsstream import SelectionLog, UDSStreamingDataset
 from udsstream.audit.run import audit
 from udsstream.config import SelectionConfig
 from udsstream.errors import ConfigError, DataError, LogExistsError, ResumeError
-from udsstream.mosaicml.scoring_pass import PassProgress, ScoringPass, Windows, pass_order, weights_sha256
+from udsstream.mosaicml.scoring_pass import PassProgress, ScoringPass, Windows, pass_order
+from udsstream.mosaicml.weights import weights_sha256
 
 SETTINGS = {"keep": 0.25, "max_seq_len": 32, "projection_dims": (16, 4), "buffer_size": 13}
 

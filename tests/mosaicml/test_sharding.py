@@ -262,6 +262,9 @@ def test_two_ranks_with_shards_are_one_without(processes, stream, tmp_path, kind
     assert [{*found} - {own} for found, own in zip(rows, (49, 48), strict=True)] == [set(), set()]  # of 97
     assert len(rows[0]) == len(rows[1])
     assert factored is None or len(rows[0]) == factored
+    # Digests of weights would need them whole in one place.
+    assert log_of(sharded).run["weights"] == {"frozen_sha256": None, "trained_sha256": None}
+    assert log_of(alone).run["weights"]["trained_sha256"] is not None
 
 
 @pytest.mark.slow

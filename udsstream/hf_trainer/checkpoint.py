@@ -58,6 +58,8 @@ class CheckpointState:
     """run_id, heads and merkle_root in hexadecimal; None: the run has no log."""
     rows: Tensor
     """(m, d) float32 on the host: the memory, oldest first."""
+    frozen_sha256: str | None = None
+    """Of the weights that are not trained; None: there are none, or it is not known."""
 
     def write(self, folder: Path) -> None:
         """Puts both files into a checkpoint's folder, which is made if absent.
@@ -135,6 +137,8 @@ class CheckpointState:
                 raise ValueError(f"{name} is no object of such values")
         LengthCorrelation(**self.correlation)  # type: ignore[arg-type]
         TokenTotals(**self.tokens)
+        if self.frozen_sha256 is not None and len(bytes.fromhex(self.frozen_sha256)) != 32:
+            raise ValueError(f"frozen_sha256 is {self.frozen_sha256!r}")
         if len(bytes.fromhex(self.memory_digest)) != 32 or not isinstance(self.sample_ids, str):
             raise ValueError("memory_digest or sample_ids is of another kind")
         if self.log is not None:

@@ -36,6 +36,7 @@ from udsstream.mosaicml.run_description import describe_model, library_versions
 from udsstream.mosaicml.run_log import check_same_projection, check_streams, former_memory
 from udsstream.mosaicml.sample_identity import NumberedRows
 from udsstream.mosaicml.selector import CandidateSelector
+from udsstream.mosaicml.weights import weights_differences
 from udsstream.scoring.candidates import Candidates
 from udsstream.selection_log.reader import SelectionLog
 
@@ -305,6 +306,7 @@ class ReplayTrainer(PartsTrainer):
         old |= {name: (run.get("versions") or {}).get(name) for name in _LIBRARIES}
         new |= {name: versions[name] for name in _LIBRARIES}
         lines = [f"{name}: was {old[name]!r}, is {new[name]!r}" for name in old if old[name] != new[name]]
+        lines += weights_differences(run.get("weights"), self.model, at_start=self.state.global_step == 0)  # type: ignore[arg-type]
         sampler = (run.get("loader") or {}).get("sampler")
         if sampler not in ("SeedableRandomSampler", "SequentialSampler"):
             lines.append(

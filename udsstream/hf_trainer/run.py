@@ -39,6 +39,7 @@ from udsstream.mosaicml.run_log import (
 from udsstream.mosaicml.sample_identity import SampleIdentity, check_same_ids
 from udsstream.mosaicml.schedule import should_select
 from udsstream.mosaicml.selector import CandidateSelector
+from udsstream.mosaicml.weights import check_frozen, frozen_sha256, starting_weights
 from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.selection_log.timings import TimingsWriter
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -143,7 +144,9 @@ class SelectionRun:
         self._tokens, self._correlation = TokenTotals(), LengthCorrelation()
         self._warned_of_length = False
         if loaded is not None:
+            check_frozen(loaded.frozen_sha256, called.model, "the checkpoint")
             self._take_over(loaded)
+        self._frozen = frozen_sha256(called.model) if loaded is None else loaded.frozen_sha256
         self._writer: SelectionLogWriter | None = None
         self._timings: TimingsWriter | None = None
         self._run_id: str | None = None
@@ -268,6 +271,7 @@ class SelectionRun:
             memory_digest=memory["digest"].hex(),
             log=logged,
             rows=memory["rows"],
+            frozen_sha256=self._frozen,
         )
 
     def _take_over(self, loaded: CheckpointState) -> None:
@@ -313,7 +317,7 @@ class SelectionRun:
         begun = log_dir is not None and (log_dir / "run.json").exists()
         if log_dir is not None and (anchored is not None or (begun and settings.autoresume)):
             self._writer, self._run_id = reopen_log(
-                log_dir, anchored=anchored, step=self.step, config=config, streams=self._streams
+                log_dir, anchored=anchored, step=self.step, config=config, streams=self._streams, model=model
             )
         memory = origin = None
         if settings.warm_start is not None and loaded is None:
@@ -359,5 +363,6 @@ class SelectionRun:
             train_seed=plan.seed,
             warm_start=warm_start,
             inputs=self._inputs.describe(),
+            weights=starting_weights(model),
         )
         return description | {"tokenizer": plan.tokenizer, "trainer": "transformers.Trainer"}

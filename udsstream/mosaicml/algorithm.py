@@ -47,7 +47,13 @@ from udsstream.mosaicml.decision import Decision
 from udsstream.mosaicml.log_upload import LogUpload
 from udsstream.mosaicml.method_inputs import MethodInputs, learning_rate_of
 from udsstream.mosaicml.metrics import TokenTotals, step_metrics, time_metrics
-from udsstream.mosaicml.ranks import check_same_memory, from_rank_zero, greatest_over_ranks, kept_batch
+from udsstream.mosaicml.ranks import (
+    check_same_memory,
+    from_rank_zero,
+    greatest_over_ranks,
+    kept_batch,
+    on_rank_zero,
+)
 from udsstream.mosaicml.recording import record, record_push
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
 from udsstream.mosaicml.run_description import describe_run
@@ -62,6 +68,7 @@ from udsstream.mosaicml.run_log import (
 from udsstream.mosaicml.sample_identity import SampleIdentity, SampleIdSetting, check_same_ids
 from udsstream.mosaicml.schedule import selects_now
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
+from udsstream.mosaicml.weights import check_frozen, frozen_sha256, starting_weights
 from udsstream.scoring.candidates import Candidates
 from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.selection_log.timings import TimingsWriter
@@ -177,6 +184,7 @@ class OnlineBatchSelection(Algorithm):
         self._times: tuple[float, float, float] | None = None
         self._streams: list[StreamIdentity] = []
         self._run_id: str | None = None
+        self._frozen: str | None = None
         # Carried through checkpoints.
         self._loaded: dict[str, Any] | None = None
         self._pending_rng: list[dict[str, Any]] | None = None
@@ -212,6 +220,7 @@ class OnlineBatchSelection(Algorithm):
         check_same_memory(self.selector.buffer.digest, self.selector.buffer.pushed)
         state["streams"] = [[stream.name, stream.index_sha256] for stream in self._streams]
         state["inputs"] = self.inputs.describe()
+        state["frozen_sha256"] = self._frozen
         state["correlation"] = dict(vars(self._correlation))
         state["tokens"] = dict(vars(self._tokens))
         state["sample_ids"] = self._identity.source
@@ -299,7 +308,11 @@ class OnlineBatchSelection(Algorithm):
             check_same_ids(self._loaded.get("sample_ids", "dataset"), self._identity.source)
             check_streams(self._loaded["streams"], self._streams)
             self.inputs.check_resumed(self._loaded.get("inputs", {}))
+            self._frozen = self._loaded.get("frozen_sha256")
+            on_rank_zero(lambda: check_frozen(self._frozen, model, "the checkpoint"))
             self.selector.restore_memory(self._loaded["memory"])
+        else:
+            self._frozen = on_rank_zero(lambda: frozen_sha256(model))
         self._open_log(state, model, self.selector)
         if self.upload_log and self._writer is not None:
             self._upload = LogUpload(self._writer, logger)
@@ -435,6 +448,7 @@ class OnlineBatchSelection(Algorithm):
                 step=self._step,
                 config=config,
                 streams=self._streams,
+                model=model,
                 grouping=_grouping(state),
             )
         memory = origin = None
@@ -455,6 +469,7 @@ class OnlineBatchSelection(Algorithm):
                     train_seed=state.rank_zero_seed,
                     warm_start=origin,
                     inputs=self.inputs.describe(),
+                    weights=starting_weights(model) if dist.get_global_rank() == 0 else {},
                 )
             )
             self._run_id = description["run_id"]

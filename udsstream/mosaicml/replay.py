@@ -28,6 +28,7 @@ from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from streaming import StreamingDataset
+from torch import nn
 from torch.utils.data import DataLoader
 
 from udsstream.config import SelectionConfig
@@ -37,7 +38,7 @@ from udsstream.mosaicml.batch import real_tokens, sample_ids_of, trim_padding
 from udsstream.mosaicml.checkpoint import read_checkpoint, selection_state
 from udsstream.mosaicml.dataset import stream_identities
 from udsstream.mosaicml.method_inputs import MethodInputs, learning_rate_of
-from udsstream.mosaicml.ranks import kept_batch
+from udsstream.mosaicml.ranks import kept_batch, on_rank_zero
 from udsstream.mosaicml.replay_check import Tally, compare
 from udsstream.mosaicml.replay_data import LoggedDecisions, LoggedSamples, LoggedStep, LoggedSteps
 from udsstream.mosaicml.rng_state import gather_rng_state, load_rng_state
@@ -45,6 +46,7 @@ from udsstream.mosaicml.run_description import describe_model, library_versions
 from udsstream.mosaicml.run_log import check_same_projection, check_streams, former_memory
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
 from udsstream.mosaicml.webdataset import UDSWebDataset
+from udsstream.mosaicml.weights import weights_differences
 from udsstream.scoring.candidates import Candidates
 from udsstream.selection_log.reader import SelectionLog
 
@@ -278,7 +280,7 @@ class ReplaySelection(Algorithm):
                 "the duration in batches (ba) or epochs (ep)"
             )
         model = unwrapped(state.model)
-        self.differences = self._known_differences(state, describe_model(model))
+        self.differences = self._known_differences(state, model)
         for line in self.differences:
             log.warning("This replay differs from the run, so equal weights are not to be expected: %s", line)
         if self.verify and self._selector is None:
@@ -400,8 +402,8 @@ class ReplaySelection(Algorithm):
         drawn = sum(stream.get("per_epoch", stream["samples"]) for stream in self.log.run.get("streams", []))
         return recorded or self.decisions.longest_epoch or -(-drawn // candidates)
 
-    def _known_differences(self, state: State, model: Mapping[str, Any]) -> list[str]:
-        run = self.log.run
+    def _known_differences(self, state: State, module: nn.Module) -> list[str]:
+        run, model = self.log.run, describe_model(module)
         old = {
             "model": run.get("model"),
             "training seed": run.get("seeds", {}).get("training"),
@@ -415,6 +417,8 @@ class ReplaySelection(Algorithm):
         for library in ("torch", "mosaicml", "transformers", "peft", "numpy"):
             old[library], new[library] = run.get("versions", {}).get(library), versions[library]
         lines = [f"{name}: was {old[name]!r}, is {new[name]!r}" for name in old if old[name] != new[name]]
+        at_start = state.timestamp.batch.value == 0 and not self.offset
+        lines += on_rank_zero(lambda: weights_differences(run.get("weights"), module, at_start=at_start))
         if others := self.decisions.steps_of_other_ranks():
             lines.append(
                 f"{others} of {len(self.decisions)} steps were trained on another number of ranks than {dist.get_world_size()}"

@@ -36,6 +36,7 @@ def describe_run(
     train_seed: int | None,
     warm_start: dict[str, Any] | None,
     inputs: Mapping[str, Any],
+    weights: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """The description of a run that starts now, ready for JSON.
 
@@ -43,6 +44,7 @@ def describe_run(
         loader: `batch_size` (candidates per step and rank), `batches_per_epoch`, `max_duration`, how Streaming cuts an epoch
             (`canonical_nodes`), and how epochs are grouped by length (`length_groups`); None where it is not known, or not done.
         inputs: what the method was given beside the candidates (`method_inputs.py`).
+        weights: digests of what the model begins with (`weights.py`), by what they are of.
     """
     return {
         "run_id": uuid.uuid4().hex,
@@ -54,6 +56,7 @@ def describe_run(
         "streams": [dataclasses.asdict(stream) | {"licence": "unknown", "date": "unknown"} for stream in streams],
         "loader": dict(loader),
         **describe_model(model),
+        **({"weights": dict(weights)} if weights else {}),
         "seeds": {"selection": config.seed, "training": train_seed},
         "warm_start": warm_start,
         **inputs,

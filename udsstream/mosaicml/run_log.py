@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from composer.utils import dist
+from torch import nn
 
 from udsstream.config import SelectionConfig, config_difference
 from udsstream.errors import ConfigError, LogExistsError, ResumeError
 from udsstream.mosaicml.dataset import StreamIdentity
 from udsstream.mosaicml.length_groups import check_same_grouping
-from udsstream.mosaicml.ranks import from_rank_zero
+from udsstream.mosaicml.ranks import from_rank_zero, on_rank_zero
+from udsstream.mosaicml.weights import weights_differences
 from udsstream.scoring.embedding_buffer import EmbeddingBuffer
 from udsstream.selection_log.reader import Memory, SelectionLog
 from udsstream.selection_log.schema import MEASURES
@@ -67,16 +69,18 @@ def reopen_log(
     step: int,
     config: SelectionConfig,
     streams: Sequence[StreamIdentity],
+    model: nn.Module,
     grouping: Mapping[str, Any] | None = None,
 ) -> tuple[SelectionLogWriter, str]:
     """The log of the run that goes on at `step`, and its run id.
 
     Args:
         anchored: the checkpoint's word on the log: run id and chain heads. None: the run was killed before its first checkpoint.
+        model: as it is now: without a checkpoint it begins anew, and must begin with the same weights.
         grouping: how the data set groups its epochs by length.
 
     Raises:
-        ResumeError: the folder has no log, or one with other settings, streams or length groups.
+        ResumeError: the folder has no log, or one with other settings, streams, length groups or first weights.
         LogExistsError: it has the log of another run.
         LogCorruptError: it lacks steps that the checkpoint saw, or holds others.
     """
@@ -100,6 +104,14 @@ def reopen_log(
         )
     check_streams([[stream["name"], stream["index_sha256"]] for stream in run["streams"]], streams)
     check_same_grouping((run.get("loader") or {}).get("length_groups"), grouping)
+    if anchored is None:
+        other = on_rank_zero(lambda: weights_differences(run.get("weights"), model, at_start=True))
+        if other:
+            raise ResumeError(
+                f"{log_dir} holds a run that began with other weights:\n  "
+                + "\n  ".join(other)
+                + "\ngive the model and the seed that it had, or give the new run a log_dir of its own"
+            )
     rank, heads = dist.get_global_rank(), [] if anchored is None else anchored["heads"]
 
     def resume(attempt: int | None) -> SelectionLogWriter:

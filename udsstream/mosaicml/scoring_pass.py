@@ -16,7 +16,6 @@ What is not here: settings from a file, and writing the chosen samples out (`uds
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,13 +43,14 @@ from udsstream.mosaicml.recording import record
 from udsstream.mosaicml.run_description import describe_run
 from udsstream.mosaicml.run_log import anchor, begin_log, check_streams, reopen_log
 from udsstream.mosaicml.selector import CandidateSelector
+from udsstream.mosaicml.weights import weights_sha256
 from udsstream.scoring.select import top_k
 from udsstream.selection_log import layout
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.timings import TimingsWriter
 from udsstream.selection_log.writer import SelectionLogWriter
 
-__all__ = ["PassProgress", "ScoringPass", "Windows", "pass_order", "weights_sha256"]
+__all__ = ["PassProgress", "ScoringPass", "Windows", "pass_order"]
 
 log = logging.getLogger(__name__)
 
@@ -266,8 +266,9 @@ class ScoringPass:
             )
         check_streams([[stream["name"], stream["index_sha256"]] for stream in found.run["streams"]], streams)
         anchors = from_rank_zero(found.anchors())
+        same: dict[str, Any] = {"config": self.config, "streams": streams, "model": self._model}
         if not anchors:
-            writer, _ = reopen_log(self.log_dir, anchored=None, step=0, config=self.config, streams=streams)
+            writer, _ = reopen_log(self.log_dir, anchored=None, step=0, **same)
             return writer, 0
         newest = anchors[-1]
         if from_rank_zero(newest.step == self.windows and found.closed):
@@ -279,7 +280,7 @@ class ScoringPass:
             raise ResumeError(
                 f"{self.log_dir}: the memory before step {newest.step} is not the one that its heads speak of; audit the log"
             )
-        writer, _ = reopen_log(self.log_dir, anchored=anchored, step=newest.step, config=self.config, streams=streams)
+        writer, _ = reopen_log(self.log_dir, anchored=anchored, step=newest.step, **same)
         self.selector.restore_memory(
             {"rows": torch.from_numpy(memory.embeddings), "pushed": newest.pushed, "digest": newest.buffer_digest}
         )
@@ -303,6 +304,7 @@ class ScoringPass:
             train_seed=None,
             warm_start=None,
             inputs={},
+            weights={},  # `job` names them all by one digest
         )
         return description | {"job": dict(facts)}
 
@@ -421,17 +423,6 @@ def _check(config: SelectionConfig, dataset: StreamingDataset, window: int) -> N
                 f"stream {number} ({stream.remote or stream.local}) would be drawn {stream.choose} times for its {samples} samples, but a "
                 "scoring pass reads each sample once; leave proportion, repeat and choose out"
             )
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of all parameters and buffers by name: which weights a stream was scored with."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _on_rank_zero(work: Callable[[], Any]) -> Any:
