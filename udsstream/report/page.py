@@ -557,7 +557,7 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 _GROUPS = (
     ("Selection", ("selection", "resolved_alpha", "selection_fingerprint", "warm_start")),
-    ("Model and training", ("model", "tokenizer", "vocab_size", "loader", "seeds", "world_size")),
+    ("Model and training", ("model", "weights", "tokenizer", "vocab_size", "loader", "seeds", "world_size")),
     ("Versions", ("versions", "git_revision")),
 )
 
