@@ -39,7 +39,7 @@ from udsstream.mosaicml.run_log import (
 from udsstream.mosaicml.sample_identity import SampleIdentity, check_same_ids
 from udsstream.mosaicml.schedule import should_select
 from udsstream.mosaicml.selector import CandidateSelector
-from udsstream.mosaicml.weights import check_frozen, frozen_sha256, starting_weights
+from udsstream.mosaicml.weights import check_frozen, frozen_sha256, trained_sha256
 from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.selection_log.timings import TimingsWriter
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -363,6 +363,6 @@ class SelectionRun:
             train_seed=plan.seed,
             warm_start=warm_start,
             inputs=self._inputs.describe(),
-            weights=starting_weights(model),
+            weights={"frozen_sha256": self._frozen, "trained_sha256": trained_sha256(model)},
         )
         return description | {"tokenizer": plan.tokenizer, "trainer": "transformers.Trainer"}

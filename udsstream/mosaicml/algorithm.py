@@ -68,7 +68,7 @@ from udsstream.mosaicml.run_log import (
 from udsstream.mosaicml.sample_identity import SampleIdentity, SampleIdSetting, check_same_ids
 from udsstream.mosaicml.schedule import selects_now
 from udsstream.mosaicml.selector import CandidateSelector, unwrapped
-from udsstream.mosaicml.weights import check_frozen, frozen_sha256, starting_weights
+from udsstream.mosaicml.weights import check_frozen, frozen_sha256, trained_sha256
 from udsstream.scoring.candidates import Candidates
 from udsstream.scoring.length_correlation import LengthCorrelation
 from udsstream.selection_log.timings import TimingsWriter
@@ -469,7 +469,10 @@ class OnlineBatchSelection(Algorithm):
                     train_seed=state.rank_zero_seed,
                     warm_start=origin,
                     inputs=self.inputs.describe(),
-                    weights=starting_weights(model) if dist.get_global_rank() == 0 else {},
+                    weights={
+                        "frozen_sha256": self._frozen,
+                        "trained_sha256": on_rank_zero(lambda: trained_sha256(model)),
+                    },
                 )
             )
             self._run_id = description["run_id"]

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from udsstream.errors import ResumeError
 
-__all__ = ["check_frozen", "frozen_sha256", "starting_weights", "weights_differences", "weights_sha256"]
+__all__ = [
+    "check_frozen",
+    "frozen_sha256",
+    "starting_weights",
+    "trained_sha256",
+    "weights_differences",
+    "weights_sha256",
+]
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -38,12 +45,14 @@ def frozen_sha256(model: nn.Module) -> str | None:
     return _in_order(parameter for parameter in model.parameters() if not parameter.requires_grad)
 
 
+def trained_sha256(model: nn.Module) -> str | None:
+    """The same of the parameters that are trained, as they are now."""
+    return _in_order(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
 def starting_weights(model: nn.Module) -> dict[str, str | None]:
-    """For run.json: `frozen_sha256`, and `trained_sha256`, the same of the parameters that are trained, before the first step."""
-    return {
-        "frozen_sha256": frozen_sha256(model),
-        "trained_sha256": _in_order(parameter for parameter in model.parameters() if parameter.requires_grad),
-    }
+    """Both, as run.json names them, of a model before its first step."""
+    return {"frozen_sha256": frozen_sha256(model), "trained_sha256": trained_sha256(model)}
 
 
 def weights_differences(recorded: Mapping[str, Any] | None, model: nn.Module, *, at_start: bool) -> list[str]:
