@@ -82,7 +82,7 @@ class Foundry:
         config: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(example))  # type: ignore[assignment]
         config["variables"]["model"] = str(self.inputs / "model")
         config["algorithms"]["uds"]["projection_dims"] = [8, 4]
-        config["tokenizer"]["kwargs"]["padding_side"] = "left"
+        config["tokenizer"]["kwargs"]["padding_side"] = "left" if self.model == "llama" else "right"  # MPT's demand
         config |= {
             "run_name": name,
             "max_seq_len": 24,
