@@ -256,6 +256,8 @@ def _edited(**changes: Any):
         (_edited(step=-1), "step is -1"),
         (_edited(pushed="many"), "pushed is 'many'"),
         (_edited(memory_digest="0g"), "is not what SelectingTrainer writes"),
+        (_edited(frozen_sha256="00"), "frozen_sha256 is '00'"),
+        (_edited(frozen_sha256=7), "is not what SelectingTrainer writes"),
         (_edited(log={"run_id": "a", "heads": ["00"]}), "one head of 32 bytes"),
         (_edited(log=[]), "is not what SelectingTrainer writes"),
         (_edited(streams=[[1, 2]]), "names and digests"),

@@ -171,6 +171,8 @@ def test_kills_at_random_moments(tmp_path, workers):
                     own = {name: data for name, data in shards(whole).items() if name.startswith(stream)}
                     assert own
                     assert found.items() >= own.items(), stream
+                last = max(name for name in whole if name.endswith("/index.json"))
+                assert last not in found or found.items() >= shards(whole).items()
         if process.exitcode == 0 or (out.exists() and not (out / "_job").exists()):
             break
     assert kills > 0

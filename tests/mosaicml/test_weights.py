@@ -18,9 +18,9 @@ from udsstream.mosaicml.checkpoint import checkpoints_in, read_checkpoint, selec
 from udsstream.mosaicml.weights import frozen_sha256, starting_weights, weights_differences
 
 
-def changed(part: str, *, lora: bool = True) -> nn.Module:
-    """The tiny model, with one number changed in what is frozen, or in what is trained."""
-    model = llama(lora=lora)
+def changed(part: str) -> nn.Module:
+    """The tiny model with LoRA, with one number changed in what is frozen, or in what is trained."""
+    model = llama(lora=True)
     parameter = next(p for p in model.parameters() if p.requires_grad == (part == "trained") and p.ndim == 2)
     with torch.no_grad():
         parameter[0, 0] += 2e-3
@@ -58,7 +58,7 @@ def test_what_is_no_plain_tensor_has_no_digest():
 
 def test_unknown_digests_are_not_compared():
     model = llama(lora=True)
-    for recorded in (None, {}, {"frozen_sha256": None}, {"trained_sha256": "0" * 64}):
+    for recorded in (None, {}, {"frozen_sha256": None}, {"trained_sha256": "0" * 64}, "no object", [1]):
         assert weights_differences(recorded, model, at_start=False) == []
     (line,) = weights_differences({"trained_sha256": "0" * 64}, model, at_start=True)
     assert line.startswith("trained weights before the first step: was '0000")
@@ -82,8 +82,8 @@ def log_of(run: TinyRun) -> Path:
     return Path(run.folder) / "log"
 
 
-def with_model(monkeypatch, part: str, *, lora: bool = True) -> None:
-    monkeypatch.setattr(tiny, "llama", lambda **_: changed(part, lora=lora))
+def with_model(monkeypatch, part: str) -> None:
+    monkeypatch.setattr(tiny, "llama", lambda **_: changed(part))
 
 
 def test_a_log_and_its_checkpoints_tell_what_the_run_began_with(run):
@@ -130,13 +130,10 @@ def test_a_run_that_begins_its_log_anew_begins_with_the_same_weights(run, part, 
 
 
 def test_a_replay_says_that_it_begins_with_others(run, tmp_path, monkeypatch):
-    def differences(**settings) -> list[str]:
-        replay = ReplaySelection(
-            log_of(run), **{name: value for name, value in settings.items() if name == "checkpoint"}
-        )
-        dataclasses.replace(run, folder=str(tmp_path / "replay"), save_interval=None).run(
-            replay=replay, **{name: value for name, value in settings.items() if name != "checkpoint"}
-        )
+    def differences(checkpoint: str | None = None) -> list[str]:
+        replay = ReplaySelection(log_of(run), checkpoint=checkpoint)
+        again = dataclasses.replace(run, folder=str(tmp_path / "replay"), save_interval=None)
+        again.run(replay=replay, load_path=checkpoint)
         return [line for line in replay.differences if "weights" in line]
 
     assert differences() == []
@@ -147,4 +144,4 @@ def test_a_replay_says_that_it_begins_with_others(run, tmp_path, monkeypatch):
             (line,) = differences()
             assert line.startswith(f"{part} weights")
             # From a checkpoint what is trained comes from there.
-            assert len(differences(checkpoint=path, load_path=path)) == there
+            assert len(differences(path)) == there

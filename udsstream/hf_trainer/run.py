@@ -143,10 +143,12 @@ class SelectionRun:
         self.step, self._samples = plan.step, 0
         self._tokens, self._correlation = TokenTotals(), LengthCorrelation()
         self._warned_of_length = False
-        if loaded is not None:
+        if loaded is None:
+            self._frozen = frozen_sha256(called.model)
+        else:
             check_frozen(loaded.frozen_sha256, called.model, "the checkpoint")
+            self._frozen = loaded.frozen_sha256
             self._take_over(loaded)
-        self._frozen = frozen_sha256(called.model) if loaded is None else loaded.frozen_sha256
         self._writer: SelectionLogWriter | None = None
         self._timings: TimingsWriter | None = None
         self._run_id: str | None = None

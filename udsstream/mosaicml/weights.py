@@ -40,7 +40,7 @@ def frozen_sha256(model: nn.Module) -> str | None:
     About 1 GB/s on a CPU.
 
     Returns:
-        None: there are none, or some are no plain tensors (sharded over ranks, quantised).
+        None: there are none, or some are no plain tensors (sharded over ranks, or of a class of their own).
     """
     return _in_order(parameter for parameter in model.parameters() if not parameter.requires_grad)
 
@@ -55,21 +55,21 @@ def starting_weights(model: nn.Module) -> dict[str, str | None]:
     return {"frozen_sha256": frozen_sha256(model), "trained_sha256": trained_sha256(model)}
 
 
-def weights_differences(recorded: Mapping[str, Any] | None, model: nn.Module, *, at_start: bool) -> list[str]:
+def weights_differences(recorded: object, model: nn.Module, *, at_start: bool) -> list[str]:
     """How the model differs from that of a run, a line each; what either has no digest of is not compared.
 
     Args:
-        recorded: `weights` of run.json; None: of a log that tells nothing of them.
+        recorded: `weights` of run.json; anything else than an object tells nothing of them.
         at_start: before the first step, so that what is trained must be the same too.
     """
-    known = {name: value for name, value in (recorded or {}).items() if value is not None}
-    if not known:
-        return []
+    known: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
+    if not any(known.values()):
+        return []  # nothing to hash for
     here = starting_weights(model) if at_start else {"frozen_sha256": frozen_sha256(model)}
     lines = []
     for name, found in here.items():
         before = known.get(name)
-        if before is not None and found is not None and before != found:
+        if None not in (before, found) and before != found:
             what = name.partition("_")[0]
             lines.append(
                 f"{what} weights{' before the first step' * (what == 'trained')}: was {before!r}, is {found!r}"
