@@ -64,7 +64,8 @@ class ReferenceLosses:
                 f"reference: the log in {folder} records no losses (its method is {(log.run.get('selection') or {}).get('method')}); "
                 "make one with udsstream curate --score STREAM --model REFERENCE selection.method=max_loss"
             )
-        each = known.group_by("sample_id").aggregate([("loss", "mean"), ("tokens", "max")])
+        # On one thread: pyarrow promises no order of rows or sums on several, and the digest of these losses names them.
+        each = known.group_by("sample_id", use_threads=False).aggregate([("loss", "mean"), ("tokens", "max")])
         ids = each["sample_id"].to_pylist()
         streams = [stream["index_sha256"] for stream in log.run.get("streams") or []]
         return cls(
