@@ -212,6 +212,20 @@ def test_adapters_do_not_go_on_with_another_base_model(tmp_path):
     run.run(resume=True)
 
 
+@pytest.mark.parametrize("part", ["frozen", "trained"])
+def test_a_run_that_begins_its_log_anew_begins_with_the_same_weights(tmp_path, part):
+    run = HFRun(folder=str(tmp_path), lora=True, arguments={"max_steps": 2}, selection={"autoresume": True})
+    run.run()
+    before = (run.log_dir / "run.json").read_bytes()
+    other = llama(lora=True)
+    with torch.no_grad():
+        next(p for p in other.parameters() if p.requires_grad == (part == "trained"))[0] += 1e-3
+    with pytest.raises(ResumeError, match=rf"(?s)holds a run that began with other weights:\n  {part} weights"):
+        run.run(model=other)
+    assert (run.log_dir / "run.json").read_bytes() == before
+    run.run()
+
+
 def test_a_checkpoint_of_a_trainer_without_selection(tmp_path):
     plain = HFRun(
         folder=str(tmp_path), selection=None, arguments={"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
