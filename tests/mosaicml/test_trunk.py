@@ -32,14 +32,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from trunk_scores import LONGEST, V, logits_alone, make_batch, rows_of, score
 
 from udsstream.errors import ModelError
-from udsstream.mosaicml.batch import check_candidates, real_tokens, scoring_microbatches
 from udsstream.mosaicml.trunk import ModelParts, ScoringForm, choose_form, neutral
 from udsstream.scoring.projection import BilinearProjection
-from udsstream.scoring.scorer import CandidateScorer
 
-V, D, LONGEST = 97, 32, 40
+D = 32
 COMMON = {
     "vocab_size": V,
     "hidden_size": D,
@@ -96,6 +95,8 @@ class Plain(ComposerModel):
             return nn.functional.linear(hidden, self.readout.weight, self.readout.bias)
         if self.returns == "loss":
             return logits.mean()
+        if self.returns == "one of two predictions":
+            return self.readout(torch.stack([hidden, hidden.flip(-1)], 1))[:, 0]
         if self.returns == "tuple":
             return torch.zeros(()), logits
         return logits**2 if self.returns == "squared" else logits
@@ -141,67 +142,6 @@ def case(request):
     torch.set_num_threads(1)
     yield request.param, *build(request.param)
     torch.set_num_threads(threads)
-
-
-def make_batch(lengths, *, side="right", spare=0, seed=0, labels=True) -> dict:
-    width = max(lengths) + spare
-    generator = torch.Generator().manual_seed(seed)
-    batch = {
-        "input_ids": torch.randint(1, V, (len(lengths), width), generator=generator),
-        "attention_mask": torch.zeros(len(lengths), width, dtype=torch.int64),
-        "sample_id": torch.arange(len(lengths)),
-        "note": ["kept"] * len(lengths),
-    }
-    for row, n in enumerate(lengths):
-        tokens = torch.randint(1, V, (n,), generator=torch.Generator().manual_seed(1000 * seed + row))
-        place = slice(0, n) if side == "right" else slice(width - n, width)
-        batch["input_ids"][row, place] = tokens
-        batch["attention_mask"][row, place] = 1
-    if labels:
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return batch
-
-
-def rows_of(batch, rows) -> dict:
-    return {
-        key: value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
-        for key, value in batch.items()
-    }
-
-
-def score(model, parts, batch, *, max_tokens=10_000, form: ScoringForm | None = None):
-    """As the algorithm does it: (B,) intra and (B, d) embeddings in the order of the rows."""
-    projection = BilinearProjection.draw(vocab_size=V, max_seq_len=LONGEST, dims=(8, 4), scale="isometric", seed=1)
-    scorer, mask = CandidateScorer(projection), real_tokens(batch)
-    lengths = check_candidates(batch, mask, batch["sample_id"].tolist(), LONGEST)
-    intra, embeddings = torch.zeros(len(lengths)), torch.zeros(len(lengths), 32)
-    with neutral(model):
-        for rows, packed in scoring_microbatches(batch, mask, lengths, max_tokens):
-            form = form or choose_form(parts, packed)
-            if form.form == "logits":
-                matrices = parts.hidden_states_and_logits(packed)[1]
-                found = scorer.score_logits([matrices[place, : lengths[row]] for place, row in enumerate(rows)])
-            else:
-                matrices = parts.hidden_states(packed)
-                found = scorer.score_hidden(
-                    [matrices[place, : lengths[row]] for place, row in enumerate(rows)],
-                    parts.head(form),
-                    version=parts.head_version(),
-                )
-            intra[rows], embeddings[rows] = found.intra, found.embeddings
-    return intra, embeddings
-
-
-def logits_alone(model, batch, row: int) -> torch.Tensor:
-    """(n, V): what the model makes of this row by itself, without padding, in eval mode."""
-    real = batch["attention_mask"][row].bool()
-    alone = {
-        "input_ids": batch["input_ids"][row][real][None],
-        "attention_mask": torch.ones(1, int(real.sum()), dtype=torch.int64),
-    }
-    with neutral(model):
-        output = model(alone)
-    return (output["logits"] if not isinstance(output, torch.Tensor) else output)[0]
 
 
 def head_calls(module: nn.Module):
@@ -403,8 +343,9 @@ def test_switching_an_adapter_changes_the_version():
     assert len(set(seen)) == 4
 
 
-def test_logits_that_no_formula_explains_are_scored_themselves(caplog):
-    model = Plain("squared")
+@pytest.mark.parametrize("returns", ["squared", "one of two predictions"])
+def test_logits_that_no_formula_explains_are_scored_themselves(caplog, returns):
+    model = Plain(returns)
     parts = ModelParts(model, head="readout")
     with caplog.at_level(logging.WARNING), neutral(model):
         form = choose_form(parts, make_batch([30]))

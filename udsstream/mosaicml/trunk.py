@@ -239,8 +239,8 @@ def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
                 form="hidden_space" if softcap is None else "vocabulary_slices", scale=scale, softcap=softcap
             )
             head = parts.head(trial)
-            if head.vocab_size != logits.shape[-1]:
-                continue
+            if head.vocab_size != logits.shape[-1] or hidden.shape[:-1] != logits.shape[:-1]:
+                continue  # ProphetNet's head makes logits of one of several predictions
             error = _relative_error(head, hidden[0], logits[0])
             best = min(best, error)
             if error <= tolerance:
