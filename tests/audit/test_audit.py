@@ -18,6 +18,7 @@ from udsstream.audit.memory import _mean_distance, _mean_distances, distance_tol
 from udsstream.audit.report import FINDINGS_KEPT, render
 from udsstream.audit.run import audit
 from udsstream.errors import ConfigError, LogError
+from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
 
 WARM = {
@@ -292,6 +293,29 @@ def test_ranks_that_a_kill_stopped_at_different_steps_are_no_fault(pushes_too: b
         if attempts == 1:
             run.resume(6).steps(6, 25).close()
     assert report.steps == 25
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_ranks_wrote_before_a_checkpoint_is_judged_though_the_log_is_not_closed(killed: bool, tmp_path: Path):
+    run = NumpyRun(root=tmp_path / "log", world_size=2).begin().steps(0, 6).checkpoint(6)
+    if killed:
+        run.release()
+    report = audit(tmp_path / "log")
+    assert (report.findings, report.steps) == ((), 6)
+    (tmp_path / "log" / "_heads" / "ba00000006.json").unlink()
+    report = audit(tmp_path / "log", anchor=(6, run.roots[6]))
+    assert (report.findings, report.steps, report.anchored) == ((), 6, True)
+
+
+def test_a_run_that_was_resumed_on_fewer_ranks_is_judged_to_its_end(tmp_path: Path) -> None:
+    run = NumpyRun(root=tmp_path / "log", world_size=2).begin().steps(0, 6).checkpoint(6).steps(6, 9).release()
+    run.world_size = 1
+    run.resume(6).steps(6, 11).checkpoint(11).steps(11, 13).close()
+    report = audit(tmp_path / "log", anchor=(11, run.roots[11]))
+    assert (report.findings, report.steps, report.anchored) == ((), 13, True)
+    log = SelectionLog.open(tmp_path / "log")
+    assert log.closed
+    assert log.verify().closed
 
 
 def test_an_audit_beside_a_live_writer_finds_nothing(tmp_path: Path) -> None:

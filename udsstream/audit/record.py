@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Record:
     heads: Sequence[Heads] = field(repr=False)
     chains: Mapping[tuple[str, int], Chain] = field(repr=False)
     closed: bool
-    """Every rank's log was closed in order: nothing is still being written."""
+    """Every rank of the newest attempt closed its log in order: nothing is still being written."""
 
 
 def read_record(root: Path, ledger: Ledger, *, anchor: GivenAnchor | None) -> Record:
@@ -105,7 +105,8 @@ def read_record(root: Path, ledger: Ledger, *, anchor: GivenAnchor | None) -> Re
     from_steps, lineages = _lineages(lines, decisions, ledger)
     if len(layout.ranks(root)) > 1:
         closed = max(lineages) if seen.summary.closed else None
-        decisions, pushes = _without_unfinished(decisions, pushes, lineages, closed, ledger)
+        whole = _whole_before(seen, lineages, anchor)
+        decisions, pushes = _without_unfinished(decisions, pushes, lineages, closed, whole, ledger)
     _say_what_was_checked(seen, ledger)
     return Record(
         root=root,
@@ -271,17 +272,31 @@ def _lineages(
     return {attempt: line.from_step for attempt, line in known.items()}, lineages
 
 
+def _whole_before(seen: Examination, attempts: Iterable[int], anchor: GivenAnchor | None) -> dict[int, int]:
+    """Attempt → the step before which all ranks had written everything, as heads tell that were found in the chains."""
+    whole: dict[int, int] = {}
+    for heads in seen.held:
+        whole[heads.attempt] = max(heads.step, whole.get(heads.attempt, heads.step))
+    if anchor is not None:
+        for attempt in attempts:
+            found = _heads_at(seen.chains, (attempt, anchor.step))
+            if found and merkle_root(found) == anchor.root:
+                whole[attempt] = max(anchor.step, whole.get(attempt, anchor.step))
+    return whole
+
+
 def _without_unfinished(
     decisions: Decisions,
     pushes: Pushes,
     lineages: Mapping[int, Sequence[Lineage]],
     closed: int | None,
+    whole: Mapping[int, int],
     ledger: Ledger,
 ) -> tuple[Decisions, Pushes]:
     """Leaves out the end of each attempt that was not closed, from the first step that a rank has not written both tables of.
 
     A kill stops the ranks at different steps, and while a run goes on they are read one after the other. What another attempt continues
-    is complete: the ranks had agreed on it.
+    is complete, the ranks had agreed on it; and so is what comes before a checkpoint (`whole`).
     """
     continued: dict[int, int] = {}
     for parts in lineages.values():
@@ -297,7 +312,7 @@ def _without_unfinished(
         ranks = np.unique(decisions["rank"][mine])
         ends = [int(decisions["step"][mine & (decisions["rank"] == rank)].max()) for rank in ranks]
         # The last step that all have is left out as well: its pushes may be there in part.
-        stop = max(min(ends), continued.get(attempt, 0))
+        stop = max(min(ends), continued.get(attempt, 0), whole.get(attempt, 0))
         later = mine & (decisions["step"] >= stop)
         if later.any():
             last = int(decisions["step"][mine].max())

@@ -24,7 +24,7 @@ from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.run_file import RunFile, read_run
 from udsstream.selection_log.schema import PUSHES, SELECTION
 from udsstream.selection_log.sealing import open_segment
-from udsstream.selection_log.state import JournalState, Lineage, lineage, read_state
+from udsstream.selection_log.state import JournalState, Lineage, all_closed, lineage, read_state
 from udsstream.selection_log.verification import VerifyReport
 
 if TYPE_CHECKING:
@@ -184,11 +184,7 @@ class SelectionLog:
     @property
     def closed(self) -> bool:
         """Whether every rank of the newest attempt closed the log in order: nothing is going on, and nothing was cut short."""
-        manifests = [state.manifest for name in (SELECTION, PUSHES) for state in self._states(name)]
-        newest = max((m.last_attempt.attempt for m in manifests if m.last_attempt), default=None)
-        return newest is not None and all(
-            m.closed for m in manifests if m.last_attempt and m.last_attempt.attempt == newest
-        )
+        return all_closed(state.manifest for name in (SELECTION, PUSHES) for state in self._states(name))
 
     def anchors(self) -> list[Heads]:
         """What was kept at the checkpoints of the run as it stands, by step; of attempts that stood at one step the newest comes last."""

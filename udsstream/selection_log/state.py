@@ -18,7 +18,7 @@ from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.manifest import AttemptLine, Manifest, read_manifest
 from udsstream.selection_log.wal import FileIdentity, WalScan, scan_wal
 
-__all__ = ["JournalState", "Lineage", "lineage", "read_state"]
+__all__ = ["JournalState", "Lineage", "all_closed", "lineage", "read_state"]
 
 _TRIES, _PAUSE = 40, 0.01
 _SEGMENT = re.compile(r"a(\d+)-(\d{6,})\.arrow")
@@ -168,3 +168,12 @@ def lineage(lines: Iterable[AttemptLine]) -> list[Lineage]:
         stop = first if stop is None else min(first, stop)
         attempt = parent
     return out
+
+
+def all_closed(manifests: Iterable[Manifest]) -> bool:
+    """Whether every rank of the newest attempt closed its log in order; ranks that an earlier attempt had left do not count."""
+    known = [(manifest, manifest.last_attempt) for manifest in manifests]
+    newest = max((last.attempt for _, last in known if last is not None), default=None)
+    return newest is not None and all(
+        manifest.closed for manifest, last in known if last is not None and last.attempt == newest
+    )

@@ -27,7 +27,7 @@ from udsstream.selection_log.recovery import WRITER, step_starts
 from udsstream.selection_log.run_file import LogSettings, read_run
 from udsstream.selection_log.schema import PUSHES, SELECTION, TABLES
 from udsstream.selection_log.sealing import MARK_BYTES, Segment, open_segment
-from udsstream.selection_log.state import JournalState, lineage, read_state
+from udsstream.selection_log.state import JournalState, all_closed, lineage, read_state
 from udsstream.selection_log.wal import WalScan
 
 __all__ = ["Chain", "Examination", "Fault", "VerifyReport", "examine", "verify"]
@@ -63,7 +63,7 @@ class VerifyReport:
     segments: int  # sealed files, both tables
     live_batches: int  # batches not yet sealed, both tables
     heads: int  # checkpoints whose heads were found in the chains
-    closed: bool  # every rank's log was closed in order
+    closed: bool  # every rank of the newest attempt closed its log in order
     anchored: bool  # the head given from outside was found
     unchecked: tuple[str, ...]  # what could not be checked, and why
 
@@ -118,6 +118,7 @@ class Examination:
     chains: dict[tuple[str, int], Chain]  # by (table, rank); those whose manifest could be read
     attempts: list[AttemptLine]  # of all manifests
     heads: list[Heads]  # of all heads files that could be read
+    held: list[Heads]  # those of them that were found in the chains
     unread: list[tuple[str, int]]  # (table, rank) of journals whose manifest could not be read
 
 
@@ -191,7 +192,7 @@ def examine(
         lineage(attempts)
     except LogCorruptError as error:
         report(Fault(check="attempts", message=str(error)))
-    checked = sum(_verify_heads(path, heads, chains, unread, report, unchecked) for path, heads in kept)
+    held = [heads for path, heads in kept if _verify_heads(path, heads, chains, unread, report, unchecked)]
     _verify_buffers(root, settings, [heads for _, heads in kept], report, unchecked)
     if anchor is not None:
         _verify_anchor(root, anchor, [heads for _, heads in kept], report)
@@ -206,13 +207,18 @@ def examine(
         pushes=sum(chain.rows for (table, _), chain in chains.items() if table == PUSHES),
         segments=sum(chain.segments for chain in chains.values()),
         live_batches=sum(chain.live for chain in chains.values()),
-        heads=checked,
-        closed=bool(states) and all(state.manifest.closed for state in states),
+        heads=len(held),
+        closed=all_closed(state.manifest for state in states),
         anchored=anchor is not None,
         unchecked=tuple(unchecked),
     )
     return Examination(
-        summary=summary, chains=chains, attempts=attempts, heads=[heads for _, heads in kept], unread=unread
+        summary=summary,
+        chains=chains,
+        attempts=attempts,
+        heads=[heads for _, heads in kept],
+        held=held,
+        unread=unread,
     )
 
 
