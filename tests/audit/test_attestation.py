@@ -34,6 +34,7 @@ from udsstream.audit.attestation import (
     verify_attestation,
 )
 from udsstream.audit.report import AuditReport, Finding
+from udsstream.audit.run import audit
 from udsstream.cli import app
 from udsstream.errors import AttestationError, LogError
 from udsstream.selection_log.reader import SelectionLog
@@ -134,6 +135,24 @@ def test_equal_content_gives_equal_bytes(plain: Path) -> None:
 def test_a_report_of_another_run_is_not_attested(plain: Path) -> None:
     with pytest.raises(AttestationError, match=r"the audit is of run other, but .* holds run 9f0e"):
         make_statement(plain, report_of(plain, run_id="other"))
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_was_logged_after_the_audit_is_not_attested(tmp_path: Path, sealed: bool) -> None:
+    root = tmp_path / "log"
+    run = NumpyRun(root=root).begin().steps(0, 6).checkpoint(6)
+    report = audit(root)
+    assert make_statement(root, report)["predicate"]["end"][0]["selection"]["step"] == 6
+    if sealed:  # the same rows in other files
+        run.seal()
+        assert make_statement(root, report)["predicate"]["end"][0]["selection"]["step"] == 6
+    run.steps(6, 7)
+    with pytest.raises(
+        AttestationError, match=r"gone on since it was audited: rank 0's selection now ends before step 7"
+    ):
+        make_statement(root, report)
+    make_statement(root, audit(root))
+    run.release()
 
 
 # -- it holds ----------------------------------------------------------------------------------------------------

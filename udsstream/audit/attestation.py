@@ -78,7 +78,7 @@ def make_statement(root: Path, report: AuditReport, *, made_at: datetime.datetim
         made_at: now, unless given.
 
     Raises:
-        AttestationError: the report is of another run.
+        AttestationError: the report is of another run, or the log has gone on since: its later steps were not audited.
         LogError: the log's heads, manifests or run.json cannot be read.
     """
     file = read_run(root)
@@ -87,6 +87,14 @@ def make_statement(root: Path, report: AuditReport, *, made_at: datetime.datetim
         raise AttestationError(f"the audit is of run {report.run_id}, but {root} holds run {run_id}")
     kept = [(path, read_heads(path)) for path in heads_files(root)]
     end = _end(root, file)
+    for place in end:
+        for table in TABLES:
+            audited = report.chains.get((table, place["rank"]))
+            if audited is not None and audited != place[table]["chain"]:
+                raise AttestationError(
+                    f"{root} has gone on since it was audited: rank {place['rank']}'s {table} now ends before step "
+                    f"{place[table]['step']}, behind what the audit saw. Audit again; while a run goes on, that may take several tries"
+                )
     subjects = [
         _subject(f"{run_id}/run.json", file.sha256),
         *(_subject(f"{run_id}/_heads/{path.stem}", heads.root) for path, heads in kept),

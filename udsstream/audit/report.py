@@ -74,6 +74,8 @@ class AuditReport:
     anchored: bool
     """An anchor was given and the log's chains passed through it."""
     anchor: Anchor | None = None
+    chains: Mapping[tuple[str, int], str] = field(default_factory=dict, repr=False)
+    """(table, rank) → where its chain stood at the end of what was audited, in hexadecimal."""
 
     @property
     def exit_code(self) -> int:

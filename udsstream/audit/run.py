@@ -97,4 +97,5 @@ def audit(
         unchecked=tuple(ledger.unchecked),
         anchored=found is not None and found.found,
         anchor=found,
+        chains={journal: chain.head.hex() for journal, chain in record.chains.items()},
     )
