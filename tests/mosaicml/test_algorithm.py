@@ -15,6 +15,7 @@ from composer.core import Callback, TimeUnit
 from composer.loggers import InMemoryLogger
 from composer.utils.parallelism import TPConfig
 from tiny import TinyRun, collate, llama, write_stream
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from udsstream import OnlineBatchSelection, SelectionConfig, SelectionLog, UDSStreamingDataset
@@ -214,6 +215,24 @@ def test_selection_is_neutral(streams, tmp_path):
     plain = dataclasses.replace(run, folder=str(tmp_path / "b"), selection=None)
     ours, theirs = run.run(), plain.run()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_compiled_model_is_traced_as_often_as_without_selection(streams, tmp_path):
+    """Composer's `compile_config`: scoring runs what was compiled as it was written, and takes no place of the training's graphs."""
+    run = TinyRun(streams=streams, folder=str(tmp_path / "eager"), duration="12ba", dropout=0.0)
+    expected = train(run).table(columns=["sample_id", "selected", "intra"])
+    traced = {}
+    for name, selection in (("alone", None), ("selecting", {})):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = dataclasses.replace(run, folder=str(tmp_path / name), selection=selection)
+        compiled.run(compile_config={"backend": "eager"})
+        traced[name] = (counters["frames"]["total"], counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert traced["selecting"] == traced["alone"]
+    assert traced["alone"][1] > 0
+    log = SelectionLog.open(tmp_path / "selecting" / "log")
+    assert log.table(columns=["sample_id", "selected", "intra"]).equals(expected)
 
 
 def test_the_same_seed_makes_the_same_run(streams, tmp_path):

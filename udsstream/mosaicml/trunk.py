@@ -270,14 +270,22 @@ def _relative_error(head: LMHead, hidden: Tensor, logits: Tensor) -> float:
 
 @contextlib.contextmanager
 def neutral(model: nn.Module) -> Iterator[None]:
-    """Runs a block in eval mode, without gradients, and puts back every module's mode and every global generator's state."""
+    """Runs a block in eval mode, without gradients, and puts back every module's mode and every global generator's state.
+
+    What `torch.compile` compiled runs as it was written: a forward that ends at the head, with other lengths at each step, would be traced
+    again and again, and its graphs would take the places that the training's graphs have (dynamo keeps 8 of a function).
+    """
     # The flags themselves, not model.eval(): some modules do more than set a flag in train() and eval() (loralib merges its adapters),
     # a user may keep others in eval mode for good, and with thousands of adapter modules the calls would cost as much as the scores.
     training = [module for module in _modules_of(model) if module.training]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             for module in training:
                 object.__setattr__(module, "training", False)
             yield
