@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -228,6 +229,106 @@ def test_code_that_comes_with_a_model_needs_ones_own_word(run, tmp_path):
         replay(source, out=tmp_path / "x")
     result = replay(source, out=tmp_path / "y", steps=(0, 2), overrides=["model.trust_remote_code=true"])
     assert result.verdict == "identical"
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_what_the_run_began_with_is_not_run(run, tmp_path):
+    source, mark = copied(run, tmp_path), tmp_path / "code was run"
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    settings["load_path"] = str(source / "weights.pt")
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    torch.save({"state": {"model": {}}, "more": Payload(mark)}, source / "weights.pt")
+    with pytest.raises(ResumeError, match=r"weights\.pt is not read: it names (posix|nt)\.mkdir, which could run code"):
+        replay(source, out=tmp_path / "x")
+    settings["load_path"] = "s3://elsewhere/weights.pt"
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ReplayError, match=r"give load_path=s3://elsewhere/weights\.pt again"):
+        replay(source, out=tmp_path / "y")
+    assert not mark.exists()
+
+
+def test_a_run_that_began_with_other_weights(run, tmp_path):
+    whole = ["model.lora=null", "max_duration=2ba", "eval=null"]
+    pipeline.train(load_run_config(run / "config.yaml", [*whole, f"save_folder={tmp_path / 'first'}"]))
+    began = f"load_path={tmp_path / 'first' / 'checkpoints' / 'latest-rank0.pt'}"
+    pipeline.train(load_run_config(run / "config.yaml", [*whole, f"save_folder={tmp_path / 'run'}", began]))
+    assert replay(tmp_path / "run").verdict == "identical"
+
+
+def test_code_in_an_interrupted_replay_that_came_with_the_run_is_not_run(run, tmp_path, monkeypatch):
+    from udsstream import replay as job
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    source, mark = copied(run, tmp_path), tmp_path / "code was run"
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "build_trainer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replay(source)
+    checkpoints = tmp_path / "copy-replay" / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    torch.save({"state": {"model": {}}, "more": Payload(mark)}, checkpoints / "latest-rank0.pt")
+    with pytest.raises(ResumeError, match=r"latest-rank0\.pt is not read: it names (posix|nt)\.mkdir"):
+        replay(source)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"run":', "[" * 100_000])
+def test_a_replay_json_that_was_damaged(run, tmp_path, content):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "replay.json").write_text(content)
+    with pytest.raises(ReplayError, match=r"replay\.json (cannot be read|is not what a replay writes)"):
+        replay(run, out=tmp_path / "x")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_trained_further(model, data, tmp_path):
+    from jobs import write_config
+
+    config = write_config(tmp_path, model, data)
+    settings = ["scheduler.name=constant", "scheduler.warmup=0ba", "eval=null"]
+    pipeline.train(load_run_config(config, [*settings, "max_duration=4ba"]))
+    pipeline.train(load_run_config(config, [*settings, "max_duration=8ba", "autoresume=true"]))
+    source = tmp_path / "run"
+    with pytest.raises(ReplayError, match=r"trains 4ba, but the log goes on to before step 8: .*\n?.*max_duration=8ba"):
+        replay(source, out=tmp_path / "again")
+    result = replay(source, out=tmp_path / "again", overrides=["max_duration=8ba"])
+    assert (result.stop, result.weights.step, result.weights.identical) == (8, 8, True)
+    shorter = replay(source, out=tmp_path / "shorter", overrides=["max_duration=3ba"])
+    assert (shorter.stop, shorter.weights.step, shorter.weights.identical) == (3, 2, True)
+
+
+@pytest.mark.parametrize(("stop", "compared"), [(6, 6), (5, 4)])
+def test_an_interrupted_replay_is_compared_though_it_had_passed_the_checkpoint(
+    run, tmp_path, monkeypatch, stop, compared
+):
+    """Killed after its last step, before its result was written."""
+    from udsstream import replay as job
+
+    write = job.write_atomically
+
+    def killed(path, text):
+        if '"finished": true' in text:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    given = {"out": tmp_path / "again", "steps": (None, stop), "overrides": ["save_interval=1ba"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replay(run, **given)
+    result = replay(run, **given)
+    assert (result.weights.step, result.weights.identical) == (compared, True)
 
 
 @pytest.mark.parametrize("given", ["5", "a:b", "-1:3", "1:2:3"])

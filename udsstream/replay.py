@@ -20,21 +20,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from composer.core import Callback, State
+from composer import Trainer
+from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
 
-from udsstream.errors import ConfigError, ReplayError
+from udsstream.errors import ConfigError, LogError, ReplayError
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.pipeline import build_trainer, close, eval_loss, join_ranks
 from udsstream.run_config import RunConfig, StreamConfig, config_changes, load_run_config
 from udsstream.run_folder import CONFIG, claim_folder, unfinished_folder, write_atomically
+from udsstream.selection_log.files import read_small
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["ReplayResult", "WeightsComparison", "replay"]
 
-_REPLAY = "replay.json"
+_REPLAY, _REPLAY_LIMIT = "replay.json", 16 << 20
 
 _SAME_DATA = ("data.streams", "data.streams_root", "data.num_workers", "data.timeout", "data.predownload")
 _SAME_DATA += ("data.cache_limit", "data.validate_hash", "data.verify_data")
@@ -68,7 +70,7 @@ class ReplayResult:
     save_folder: str
     first: int
     stop: int
-    """Steps `first` to before `stop` were replayed."""
+    """Steps `first` to before `stop` were replayed: to the log's end, unless `steps` or `max_duration` said less."""
     differences: list[str]
     """What is known to be other than in the original; while it is empty, equal weights are expected."""
     weights: WeightsComparison | None
@@ -154,23 +156,27 @@ def replay(
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
     on_rank_zero(lambda: _claim(out, config, request))
-    target = max(
-        (step for step in checkpoints_in(run / "checkpoints") if request["first"] < step <= request["stop"]),
-        default=None,
-    )
-    watch = _Watch(algorithm, None if target is None else (target, checkpoints_in(run / "checkpoints")[target]))
+    on_rank_zero(lambda: _check_what_composer_loads(run, out, config, checkpoint, overrides))
+    watch = _Watch(algorithm)
     trainer = build_trainer(config, replay=algorithm, checkpoint=checkpoint, callbacks=[watch])
     try:
+        stop = _last_step(trainer, algorithm, run, overrides)
+        kept = checkpoints_in(run / "checkpoints")
+        target = max((step for step in kept if request["first"] < step <= stop), default=None)
+        watch.target = None if target is None else (target, kept[target])
         if trainer.state.timestamp.batch.value + algorithm.offset < algorithm.decisions.stop:
             trainer.fit()
         elif config.eval is not None:
             trainer.eval()
+        reached = trainer.state.timestamp.batch.value + algorithm.offset
+        if watch.comparison is None and watch.target is not None:  # an interrupted replay, which had passed it before
+            watch.comparison = _compared_later(trainer.state, reached, algorithm.offset, out, *watch.target)
         result = ReplayResult(
             run=str(run),
             run_id=log.run["run_id"],
             save_folder=str(out),
             first=request["first"],
-            stop=request["stop"],
+            stop=min(stop, reached),
             differences=[*changes, *algorithm.differences],
             weights=watch.comparison,
             verification=None if algorithm.tally is None else algorithm.tally.as_dict(),
@@ -185,7 +191,17 @@ def replay(
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / _REPLAY).exists() and bool(json.loads((folder / _REPLAY).read_text()).get("finished"))
+    return (folder / _REPLAY).exists() and bool(_read_request(folder / _REPLAY).get("finished"))
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    try:
+        request = json.loads(read_small(path, _REPLAY_LIMIT))
+    except (LogError, OSError, ValueError, RecursionError) as error:
+        raise ReplayError(f"{path} cannot be read: {error}. Choose another folder (--out)") from error
+    if not isinstance(request, dict):
+        raise ReplayError(f"{path} is not what a replay writes: a JSON object. Choose another folder (--out)")
+    return request
 
 
 def _replayed_config(
@@ -215,7 +231,7 @@ def _claim(out: Path, config: RunConfig, request: dict[str, Any]) -> None:
     """Begins a replay's folder, or checks that the replay that was interrupted there is this one."""
     recorded = out / _REPLAY
     if recorded.exists():
-        before = json.loads(recorded.read_text())
+        before = _read_request(recorded)
         if before.get("finished"):
             raise ReplayError(f"{out} already holds a finished replay; choose another folder (--out)")
         changed = [
@@ -236,12 +252,31 @@ def _claim(out: Path, config: RunConfig, request: dict[str, Any]) -> None:
         write_atomically(recorded, json.dumps(request | {"finished": False}, indent=2) + "\n")
 
 
+def _check_what_composer_loads(
+    run: Path, out: Path, config: RunConfig, checkpoint: Path | None, overrides: Sequence[str]
+) -> None:
+    """Reads what Composer would unpickle: the run's `load_path`, and the checkpoint in a folder that may have come with the run."""
+    for path in sorted((out / "checkpoints").glob("latest-rank*")):
+        read_checkpoint(path)
+    given = any(line.startswith("load_path=") for line in overrides)
+    if config.load_path is None or checkpoint is not None or given:
+        return
+    if not Path(config.load_path).is_file():
+        raise ReplayError(
+            f"{run / CONFIG} begins with the weights in {config.load_path}, which is no file here that could be looked at first. A run's "
+            f"folder may come from somebody else, and Composer unpickles what it loads: if you know whose it is, give "
+            f"load_path={config.load_path} again"
+        )
+    read_checkpoint(config.load_path)
+
+
 class _Watch(Callback):
     """Times the steps, and compares the weights when they should be those of the original's checkpoint."""
 
-    def __init__(self, algorithm: ReplaySelection, target: tuple[int, Path] | None) -> None:
+    def __init__(self, algorithm: ReplaySelection) -> None:
         self._algorithm = algorithm
-        self._target = target
+        self.target: tuple[int, Path] | None = None
+        """The step whose weights are compared, and the run's checkpoint of it."""
         self._began = 0.0
         self.seconds: list[float] = []
         self.comparison: WeightsComparison | None = None
@@ -255,12 +290,36 @@ class _Watch(Callback):
         """Composer's event."""
         del logger
         self.seconds.append(time.perf_counter() - self._began)
-        if self._target is not None and state.timestamp.batch.value + self._algorithm.offset == self._target[0]:
-            self.comparison = _compare_weights(state, *self._target)
+        if self.target is not None and state.timestamp.batch.value + self._algorithm.offset == self.target[0]:
+            self.comparison = _compare_weights(state.get_model_state_dict(), *self.target)
 
 
-def _compare_weights(state: State, step: int, checkpoint: Path) -> WeightsComparison:
-    ours, theirs = state.get_model_state_dict(), model_weights(read_checkpoint(checkpoint))
+def _last_step(trainer: Trainer, algorithm: ReplaySelection, run: Path, overrides: Sequence[str]) -> int:
+    """The step before which the replay ends: the log's end, or an earlier one that `max_duration` was given for."""
+    stop, duration = algorithm.decisions.stop, trainer.state.max_duration
+    if duration is None or duration.unit != TimeUnit.BATCH or duration.value + algorithm.offset >= stop:
+        return stop
+    if any(line.startswith("max_duration=") for line in overrides):
+        return duration.value + algorithm.offset
+    raise ReplayError(
+        f"{run / CONFIG} trains {duration}, but the log goes on to before step {stop}: the run was resumed to train further. Give "
+        f"max_duration={stop - algorithm.offset}ba, or what it was resumed with; a learning rate that decays over max_duration was another "
+        "one before, so that only one that does not makes equal weights"
+    )
+
+
+def _compared_later(
+    state: State, reached: int, offset: int, out: Path, step: int, checkpoint: Path
+) -> WeightsComparison | None:
+    """By where the replay stands, or by what it saved at the step itself; None when it kept neither."""
+    if reached == step:
+        return _compare_weights(state.get_model_state_dict(), step, checkpoint)
+    saved = checkpoints_in(out / "checkpoints").get(step - offset)
+    return None if saved is None else _compare_weights(model_weights(read_checkpoint(saved)), step, checkpoint)
+
+
+def _compare_weights(ours: Mapping[str, Any], step: int, checkpoint: Path) -> WeightsComparison:
+    theirs = model_weights(read_checkpoint(checkpoint))
     different, largest = 0, 0.0
     for name, weight in theirs.items():
         mine = ours.get(name)

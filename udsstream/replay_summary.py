@@ -38,7 +38,7 @@ def print_replay(result: ReplayResult, console: Console | None = None) -> None:
 def _weights(result: ReplayResult) -> str:
     weights = result.weights
     if weights is None:
-        return "not compared: the run left no checkpoint at a step that was replayed"
+        return "not compared: the run, or a replay that was interrupted behind it, left no checkpoint at a step that was replayed"
     where = f"at step {weights.step}"
     if weights.identical:
         return f"{where} those of the run's checkpoint, bit for bit ({weights.tensors} tensors)"
