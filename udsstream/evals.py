@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from udsstream.errors import LogCorruptError
 __all__ = ["EVALS", "append_eval", "append_resumption", "read_evals"]
 
 EVALS = "evals.jsonl"
+_LIMIT = 16 << 20  # bytes: some hundred thousand evaluations
+_STEPS = 1 << 62
 
 
 def append_eval(folder: Path, *, step: int, loss: float, seconds: float | None) -> None:
@@ -40,12 +43,11 @@ def read_evals(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Empty arrays when there is no file. A last line that a crash tore is left out.
 
     Raises:
-        LogCorruptError: a whole line holds neither an evaluation nor a resumption.
+        LogCorruptError: a whole line holds neither an evaluation nor a resumption; or the file is no regular one, or larger than any run's.
     """
     path = Path(folder) / EVALS
     found: dict[int, tuple[float, float]] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
         if not line.endswith(b"}"):
             continue
         try:
@@ -54,9 +56,11 @@ def read_evals(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 resumed = int(value["resumed_at"])
                 found = {step: measured for step, measured in found.items() if step <= resumed}
             else:
-                seconds = value.get("seconds")
-                found[int(value["step"])] = (float(value["loss"]), math.nan if seconds is None else float(seconds))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                step, seconds = int(value["step"]), value.get("seconds")
+                if not 0 <= step < _STEPS:
+                    raise ValueError("the step is out of range")
+                found[step] = (float(value["loss"]), math.nan if seconds is None else float(seconds))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise LogCorruptError(
                 f"{path}, line {number}: holds neither an evaluation (step, loss) nor a resumption ({error}). No decision depends on this "
                 "file: restore it, or remove it and do without the losses along the run"
@@ -67,6 +71,23 @@ def read_evals(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         "loss": np.array([found[step][0] for step in steps], dtype=np.float64),
         "seconds": np.array([found[step][1] for step in steps], dtype=np.float64),
     }
+
+
+def _read(path: Path) -> bytes:
+    """The file's bytes, or none; what a folder that was received may have in its place is not waited for, nor read without end."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise LogCorruptError(f"{path} is not a regular file: remove it and do without the losses along the run")
+        data = file.read(_LIMIT + 1)
+    if len(data) > _LIMIT:
+        raise LogCorruptError(
+            f"{path} has more than {_LIMIT} bytes, which no run's evaluations take: remove it and do without them"
+        )
+    return data
 
 
 def _append(folder: Path, line: dict[str, int | float | None]) -> None:

@@ -89,7 +89,8 @@ def _plain(value: Any) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file as a whole: a crash leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:  # follows no link, which may have come with the folder
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

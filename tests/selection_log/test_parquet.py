@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import recorded
 
-from udsstream.errors import LogCorruptError
+from udsstream.errors import LogCorruptError, LogError
 from udsstream.selection_log.parquet import verify_parquet
 from udsstream.selection_log.reader import SelectionLog
 from udsstream.selection_log.writer import SelectionLogWriter
@@ -89,3 +89,20 @@ def test_a_file_that_is_no_compacted_log(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1" * 100)
     with pytest.raises(LogCorruptError, match="cannot be read as a compacted log"):
         verify_parquet(path)
+
+
+def test_links_in_a_received_log_are_not_written_through(tmp_path: Path) -> None:
+    log, victim = record(tmp_path / "log"), tmp_path / "victim"
+    victim.write_text("precious")
+    (log.root / "parquet").mkdir()
+    for name in (".selection.parquet.tmp", "pushes.parquet"):
+        (log.root / "parquet" / name).symlink_to(victim)
+    out = log.to_parquet()
+    assert victim.read_text() == "precious"
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert verify_parquet(out / "selection.parquet").rows > 0
+    out.rename(tmp_path / "elsewhere")
+    out.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LogError, match=r"parquet is a link to .*elsewhere: remove it"):
+        log.to_parquet()
+    log.to_parquet(tmp_path / "elsewhere")

@@ -55,7 +55,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         known = isinstance(error, RuntimeError | OSError | ValueError) and str(error)
         why = error if known else f"torch.save has not written it so ({type(error).__name__} while reading)"
         raise ResumeError(f"{path} cannot be read as a checkpoint: {why}. It may be torn: use an older one") from error
-    if not isinstance(loaded, dict) or not isinstance(state := loaded.get("state"), dict) or "model" not in state:
+    state = loaded.get("state") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ResumeError(f"{path} is a file of torch, but no checkpoint of Composer: it holds no state of a model")
     _check_algorithms(path, state.get("algorithms", []))
     return loaded
@@ -63,16 +64,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _check_algorithms(path: Path, saved: Any) -> None:
     import composer.algorithms
+    from composer.core import Algorithm
 
-    entries = saved.items() if isinstance(saved, dict) else saved
+    entries = list(saved.items()) if isinstance(saved, dict) else saved
+    if not isinstance(entries, list | tuple) or not all(map(_is_named, entries)):
+        raise ResumeError(
+            f"{path} is a file of torch, but no checkpoint of Composer: what it holds as algorithms are not pairs of a name and a state"
+        )
     for name, value in entries:
-        algorithm = getattr(composer.algorithms, str(name), None)
-        if algorithm is not None and algorithm.required_on_load():
+        algorithm = getattr(composer.algorithms, name, None)
+        if isinstance(algorithm, type) and issubclass(algorithm, Algorithm) and algorithm.required_on_load():
             written = value.get("repr") if isinstance(value, dict) else value
             raise ResumeError(
                 f"{path} is not read: it asks Composer to evaluate {written!r} as an algorithm. Give that algorithm to the Trainer and "
                 "load the checkpoint there, if you know whose it is"
             )
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
 
 
 def selection_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from udsstream.log_queries.texts import read_text
 from udsstream.report.figures import Figures, measure
 from udsstream.report.page import BEGINNING, Content, render
 from udsstream.report.samples import pick
+from udsstream.selection_log.files import new_file
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["WrittenReport", "write_report"]
@@ -102,7 +103,8 @@ def _check_place(path: Path) -> None:
 def _replace(path: Path, content: bytes) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_bytes(content)
+        with os.fdopen(new_file(scratch), "wb") as file:
+            file.write(content)
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ __all__ = [
     "append_all",
     "make_dirs",
     "map_file",
+    "new_file",
     "read_small",
     "replace_file",
     "sync_dir",
@@ -79,10 +80,19 @@ def make_dirs(path: Path) -> None:
         sync_dir(folder.parent)
 
 
+def new_file(path: Path) -> int:
+    """A descriptor of a file that was not there: what stands at `path` is taken away, and a link there is not followed.
+
+    For temporary files of known names in a folder that may have been received: a link there could name any file of the reader's.
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
     """Put `data` at `path` so that a crash leaves the old content or the new, never a mixture."""
     temporary = temporary or path.with_name(f".{path.name}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    fd = new_file(temporary)
     try:
         view = memoryview(data)
         while view:

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 MANIFEST_LIMIT = 64 << 20
+_ATTEMPTS = 1 << 15  # an attempt's number is an int16 in the rows and in the chain
 _CHECK_LENGTH = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -199,10 +200,11 @@ def _check_lines(root: Path, table: str, rank: int, path: Path, lines: list[Line
     for number, line in enumerate(lines, 1):
         wrong = None
         if isinstance(line, AttemptLine):
-            follows = attempt_link(head, line.attempt, line.from_step, line.parent) if line.attempt < 1 << 15 else b""
             if line.attempt <= attempt or (line.parent is not None and not 0 <= line.parent < line.attempt):
                 wrong = f"attempt {line.attempt} continuing {line.parent} comes after attempt {attempt}"
-            elif line.head != follows.hex():
+            elif line.attempt >= _ATTEMPTS:
+                wrong = f"attempt {line.attempt} is beyond the {_ATTEMPTS:,} that a log can hold"
+            elif line.head != attempt_link(head, line.attempt, line.from_step, line.parent).hex():
                 wrong = f"attempt {line.attempt} does not follow from the line before it"
             attempt = line.attempt
         elif isinstance(line, SegmentLine):

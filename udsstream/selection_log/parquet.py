@@ -20,7 +20,7 @@ from udsstream.errors import LogCorruptError
 from udsstream.selection_log import layout
 from udsstream.selection_log.digest import attempt_link, batch_link, genesis
 from udsstream.selection_log.encoding import TableCodec
-from udsstream.selection_log.files import make_dirs, read_small, sync_dir, write_errors
+from udsstream.selection_log.files import make_dirs, new_file, read_small, sync_dir, write_errors
 from udsstream.selection_log.manifest import canonical_json
 from udsstream.selection_log.recovery import step_starts
 from udsstream.selection_log.run_file import RUN_LIMIT, decode_run, read_run
@@ -82,15 +82,18 @@ def _write_table(
     others = [c.name for c in codec.columns if c.name + ".list.element" not in floats and c.name not in floats]
     current = {item.attempt: item for item in lineage(line for s in states for line in s.manifest.attempts)}
     temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(
-        temporary,
-        schema,
-        compression="zstd",
-        use_dictionary=others,  # pyright: ignore[reportArgumentType]  (pyarrow's stubs forget the list)
-        use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
-        write_page_checksum=True,
-        version="2.6",
-    ) as writer:
+    with (
+        os.fdopen(new_file(temporary), "wb") as file,
+        pq.ParquetWriter(
+            file,
+            schema,
+            compression="zstd",
+            use_dictionary=others,  # pyright: ignore[reportArgumentType]  (pyarrow's stubs forget the list)
+            use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
+            write_page_checksum=True,
+            version="2.6",
+        ) as writer,
+    ):
         for state in states:
             for line in state.manifest.segments:
                 segment = open_segment(root, line, state.rank, codec, run_sha256)
@@ -98,7 +101,8 @@ def _write_table(
             for scan in state.wals:
                 if scan.batches:
                     writer.write_table(_with_superseded(scan.table(codec), scan.identity.attempt, current, schema))
-    with open(temporary, "rb") as file:
+        writer.close()
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_dir(path.parent)

@@ -263,8 +263,17 @@ class SelectionLog:
         return [rank_head(selection.head, pushes.head) for selection, pushes in states]
 
     def to_parquet(self, out: str | os.PathLike[str] | None = None) -> Path:
-        """Write selection.parquet and pushes.parquet into a folder (default: parquet/ in the log), all attempts included."""
-        return parquet.write_parquet(self.root, Path(out) if out is not None else layout.parquet_dir(self.root))
+        """Write selection.parquet and pushes.parquet into a folder (default: parquet/ in the log), all attempts included.
+
+        Raises:
+            LogError: the log cannot be read, or its parquet/ leads elsewhere: whoever sent the log would choose what is overwritten.
+        """
+        if out is not None:
+            return parquet.write_parquet(self.root, Path(out))
+        folder = layout.parquet_dir(self.root)
+        if folder.is_symlink():
+            raise LogError(f"{folder} is a link to {os.readlink(folder)}: remove it, or name the folder to write to")
+        return parquet.write_parquet(self.root, folder)
 
 
 def _lineage(states: list[JournalState]) -> list[Lineage]:

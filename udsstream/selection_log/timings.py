@@ -6,6 +6,7 @@ decisions because two runs that decide alike never take the same time.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -15,11 +16,15 @@ import numpy as np
 
 from udsstream.errors import LogCorruptError
 from udsstream.selection_log import layout
+from udsstream.selection_log.files import read_small
 
 __all__ = ["TIMINGS", "TimingsWriter", "read_timings"]
 
 TIMINGS = ("step_seconds", "selection_seconds", "log_seconds")
 """The whole step after its batch was loaded; in it, choosing (trunk forward, scores, memory); in it, writing the decision down."""
+
+_LIMIT = 128 << 20  # bytes: more than a million steps
+_STEPS = 1 << 62
 
 
 class TimingsWriter:
@@ -53,18 +58,26 @@ def read_timings(root: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Empty arrays when there is no file. A line that a crash tore is left out.
 
     Raises:
-        LogCorruptError: a whole line does not hold a step and its times.
+        LogCorruptError: a whole line does not hold a step and its times; or the file is no regular one, or larger than any run's.
+        LogError: the file cannot be read.
     """
     path = layout.timings_path(Path(root))
     found: dict[int, list[float]] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"}"):
+    try:
+        data = read_small(path, _LIMIT)
+    except FileNotFoundError:
+        data = b""
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        whole = line.rstrip(b"\n")
+        if not whole.endswith(b"}"):
             continue
         try:
-            value = json.loads(line)
-            found[int(value["step"])] = [float(value[name]) for name in TIMINGS]
-        except (ValueError, KeyError, TypeError) as error:
+            value = json.loads(whole)
+            step, seconds = int(value["step"]), [float(value[name]) for name in TIMINGS]
+            if not 0 <= step < _STEPS:
+                raise ValueError("the step is out of range")
+            found[step] = seconds
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise LogCorruptError(
                 f"{path}, line {number}: holds no step with {', '.join(TIMINGS)} ({error}). No decision depends on this file: "
                 "restore it, or remove it and do without the times"
