@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -48,6 +49,29 @@ def test_a_torn_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
 def test_a_whole_line_that_says_nothing_is_an_error(tmp_path, line):
     (tmp_path / EVALS).write_text(f'{{"step":0,"loss":2.0}}\n{line}\n')
     with pytest.raises(LogCorruptError, match=r"evals\.jsonl, line 2: holds neither an evaluation"):
+        read_evals(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["1e999", "9" * 23, "-1", '{"a":' * 100_000 + "1" + "}" * 100_000])
+@pytest.mark.parametrize("line", ['{"step":%s,"loss":1}', '{"resumed_at":%s}'])
+def test_numbers_that_are_none_are_named(tmp_path, line, step):
+    (tmp_path / EVALS).write_text(line % step + "\n")
+    if "resumed_at" in line and not step.startswith(("1e", "{")):
+        assert len(read_evals(tmp_path)["step"]) == 0
+        return
+    with pytest.raises(LogCorruptError, match=r"evals\.jsonl, line 1: holds neither an evaluation"):
+        read_evals(tmp_path)
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path):
+    path = tmp_path / EVALS
+    os.mkfifo(path)
+    with pytest.raises(LogCorruptError, match=r"evals\.jsonl is not a regular file"):
+        read_evals(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(LogCorruptError, match=r"evals\.jsonl has more than"):
         read_evals(tmp_path)
 
 

@@ -79,6 +79,28 @@ def test_an_algorithm_that_composer_would_evaluate_is_refused(run, tmp_path):
         read_checkpoint(tmp_path / "hostile.pt")
 
 
+@pytest.mark.parametrize(
+    "algorithms", [[1, 2], 5, None, "ab", ["ab"], ["abc"], [(["a"], {})], [("a", {}, {})], {1: {}}, {"a"}], ids=repr
+)
+def test_algorithms_that_are_none_are_named(algorithms, tmp_path):
+    torch.save({"state": {"model": {}, "algorithms": algorithms}}, tmp_path / "hostile.pt")
+    with pytest.raises(ResumeError, match=r"hostile\.pt is (a file of torch.* pairs of a name and a state|not read: )"):
+        read_checkpoint(tmp_path / "hostile.pt")
+
+
+@pytest.mark.parametrize("algorithms", [[], {}, [("functional", {})], {"__name__": 5}], ids=repr)
+def test_names_that_composer_does_not_evaluate_pass(algorithms, tmp_path):
+    torch.save({"state": {"model": {}, "algorithms": algorithms}}, tmp_path / "plain.pt")
+    assert selection_state(read_checkpoint(tmp_path / "plain.pt")) is None
+
+
+@pytest.mark.parametrize("model", [5, None, [1]])
+def test_a_model_that_is_none_is_named(model, tmp_path):
+    torch.save({"state": {"model": model}}, tmp_path / "hostile.pt")
+    with pytest.raises(ResumeError, match=r"hostile\.pt is a file of torch, but no checkpoint of Composer"):
+        read_checkpoint(tmp_path / "hostile.pt")
+
+
 def test_what_is_no_checkpoint_is_named(run, tmp_path):
     path = checkpoints_in(run / "checkpoints")[4]
     (tmp_path / "torn.pt").write_bytes(path.read_bytes()[:-5000])

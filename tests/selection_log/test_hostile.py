@@ -292,6 +292,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "does not follow|line 2",
     ),
+    "manifest: parent huge": (
+        manifest_bytes(
+            checked_json(
+                {"kind": "attempt", "attempt": 0, "from_step": 0, "parent": 40000, "writer": "", "head": "0" * 64}
+            )
+            + b"\n"
+        ),
+        "attempt 0 continuing 40000 comes after attempt -1",
+    ),
     "wal: a terabyte": (lambda r: sparse(wal(r), 1 << 40), "no message begins here|cannot map"),
     "wal: header huge": (lambda r: patch(wal(r), 4, b"\xf8\xff\xff\x7f"), "a message's header claims|not (the|a) torn"),
     "wal: a pipe": (fifo(wal), "not a regular file"),

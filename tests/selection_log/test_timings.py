@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -53,4 +55,32 @@ def test_a_whole_line_of_something_else_is_named(tmp_path, line):
         '{"step":0,"step_seconds":1,"selection_seconds":1,"log_seconds":1}\n' + line + "\n"
     )
     with pytest.raises(LogCorruptError, match=r"timings.jsonl, line 2: "):
+        read_timings(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["1e999", "9" * 23, "-1", '{"a":' * 100_000 + "1" + "}" * 100_000])
+def test_numbers_that_are_none_are_named(tmp_path, step):
+    (tmp_path / "timings.jsonl").write_text(
+        f'{{"step":{step},"step_seconds":1,"selection_seconds":1,"log_seconds":1}}\n'
+    )
+    with pytest.raises(LogCorruptError, match=r"timings.jsonl, line 1: holds no step"):
+        read_timings(tmp_path)
+
+
+def test_seconds_beyond_any_number(tmp_path):
+    text = f'{{"step":0,"step_seconds":{"9" * 400},"selection_seconds":1,"log_seconds":1}}\n'
+    (tmp_path / "timings.jsonl").write_text(text)
+    with pytest.raises(LogCorruptError, match=r"timings.jsonl, line 1: holds no step"):
+        read_timings(tmp_path)
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path):
+    path = tmp_path / "timings.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(LogCorruptError, match=r"timings.jsonl is not a regular file"):
+        read_timings(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(LogCorruptError, match=r"timings.jsonl has \d+ bytes; at most"):
         read_timings(tmp_path)

@@ -64,7 +64,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _check_algorithms(path: Path, saved: Any) -> None:
     import composer.algorithms
-    from composer.core import Algorithm
 
     entries = list(saved.items()) if isinstance(saved, dict) else saved
     if not isinstance(entries, list | tuple) or not all(map(_is_named, entries)):
@@ -72,8 +71,8 @@ def _check_algorithms(path: Path, saved: Any) -> None:
             f"{path} is a file of torch, but no checkpoint of Composer: what it holds as algorithms are not pairs of a name and a state"
         )
     for name, value in entries:
-        algorithm = getattr(composer.algorithms, name, None)
-        if isinstance(algorithm, type) and issubclass(algorithm, Algorithm) and algorithm.required_on_load():
+        required = getattr(getattr(composer.algorithms, name, None), "required_on_load", None)
+        if required is not None and required():
             written = value.get("repr") if isinstance(value, dict) else value
             raise ResumeError(
                 f"{path} is not read: it asks Composer to evaluate {written!r} as an algorithm. Give that algorithm to the Trainer and "

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MANIFEST_LIMIT = 64 << 20
-_ATTEMPTS = 1 << 15  # an attempt's number is an int16 in the rows and in the chain
+_ATTEMPTS = 1 << 15  # the chain has their numbers as int16
 _CHECK_LENGTH = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -202,9 +202,7 @@ def _check_lines(root: Path, table: str, rank: int, path: Path, lines: list[Line
         if isinstance(line, AttemptLine):
             if line.attempt <= attempt or (line.parent is not None and not 0 <= line.parent < line.attempt):
                 wrong = f"attempt {line.attempt} continuing {line.parent} comes after attempt {attempt}"
-            elif line.attempt >= _ATTEMPTS:
-                wrong = f"attempt {line.attempt} is beyond the {_ATTEMPTS:,} that a log can hold"
-            elif line.head != attempt_link(head, line.attempt, line.from_step, line.parent).hex():
+            elif line.attempt >= _ATTEMPTS or line.head != _after(head, line):
                 wrong = f"attempt {line.attempt} does not follow from the line before it"
             attempt = line.attempt
         elif isinstance(line, SegmentLine):
@@ -228,6 +226,10 @@ def _check_lines(root: Path, table: str, rank: int, path: Path, lines: list[Line
         if not isinstance(line, ClosedLine):
             head = bytes.fromhex(line.head)
     return head, segment
+
+
+def _after(head: bytes, line: AttemptLine) -> str:
+    return attempt_link(head, line.attempt, line.from_step, line.parent).hex()
 
 
 def append_line(root: Path, table: str, rank: int, line: Line) -> None:
