@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_a_file_that_is_no_compacted_log(tmp_path: Path) -> None:
     with pytest.raises(LogCorruptError, match="cannot be read as a compacted log"):
         verify_parquet(path)
     path.write_bytes(b"PAR1" * 100)
+    with pytest.raises(LogCorruptError, match="cannot be read as a compacted log"):
+        verify_parquet(path)
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [[[40000, 0, None]], [[0, 0, 40000]], [[0, 1 << 70, None]], [[0, "0", None]], [[0, 0]], [5], 5],
+    ids=repr,
+)
+def test_metadata_with_attempts_that_are_none(tmp_path: Path, attempts: object) -> None:
+    path = record(tmp_path / "log").to_parquet() / "selection.parquet"
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"udsstream"])
+    about["chains"][0]["attempts"] = attempts
+    metadata = {**table.schema.metadata, b"udsstream": json.dumps(about).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(LogCorruptError, match="cannot be read as a compacted log"):
         verify_parquet(path)
 

@@ -122,6 +122,15 @@ def _with_superseded(table: pa.Table, attempt: int, current: dict[int, Lineage],
     return table.replace_schema_metadata(schema.metadata)
 
 
+def _attempt(recorded: Any) -> tuple[int, int, int | None]:
+    """(attempt, from_step, parent) of the file's metadata; ValueError for what `attempt_link` cannot take."""
+    attempt, from_step, parent = recorded
+    for value, limit in ((attempt, 1 << 15), (from_step, 1 << 62), (0 if parent is None else parent, 1 << 15)):
+        if type(value) is not int or not -1 <= value < limit:
+            raise ValueError(f"{recorded!r} is no attempt")
+    return attempt, from_step, parent
+
+
 def verify_parquet(path: str | os.PathLike[str]) -> ParquetReport:
     """Recompute the chains of a file that `write_parquet` wrote; LogCorruptError at the first that does not hold."""
     path = Path(path)
@@ -132,8 +141,8 @@ def verify_parquet(path: str | os.PathLike[str]) -> ParquetReport:
         about: dict[str, Any] = json.loads(metadata[_KEY])
         codec = run.settings.codec(str(about["table"]))
         rows = file.read(columns=codec.schema.names).cast(codec.schema)
-        chains = [(int(c["rank"]), [tuple(a) for a in c["attempts"]], str(c["head"])) for c in about["chains"]]
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        chains = [(int(c["rank"]), [_attempt(a) for a in c["attempts"]], str(c["head"])) for c in about["chains"]]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise LogCorruptError(f"{path} cannot be read as a compacted log: {error}") from error
     ranks = rows.column("rank").to_numpy()
     attempts = rows.column("attempt").to_numpy()
