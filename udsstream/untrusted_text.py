@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-__all__ = ["Shortened", "clean", "escape", "shorten"]
+__all__ = ["Shortened", "clean", "clean_line", "escape", "shorten"]
 
 # Control characters but line break and tab, marks that reverse the direction of what follows, halves of surrogate pairs
 # (which UTF-8 cannot hold) and the two code points that XML forbids.
@@ -15,6 +15,11 @@ _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\
 def clean(text: str) -> str:
     """The text with every character that would not be seen, or would change how others are seen, written as its number (`\\u202e`)."""
     return _UNSHOWABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
+
+
+def clean_line(text: str) -> str:
+    """The same on one line: nobody's name begins a line that looks like one of ours."""
+    return clean(text).replace("\n", "\\u000a")
 
 
 def escape(value: object) -> str:

@@ -31,6 +31,7 @@ from udsstream.selection_log.run_file import RunFile, read_run
 from udsstream.selection_log.schema import SELECTION, TABLES
 from udsstream.selection_log.state import read_state
 from udsstream.selection_log.verification import Examination, Fault, examine
+from udsstream.untrusted_text import clean_line
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -409,7 +410,7 @@ def render(check: AttestationCheck, title: str) -> str:
         lines += ["Found", *(f"  ✗ {finding}" for finding in check.findings), ""]
     lines += ["Checked", *(f"  · {sentence}" for sentence in check.checked), ""]
     lines += ["Not checked", *(f"  · {sentence}" for sentence in check.unchecked), ""]
-    return "\n".join([*lines, f"Verdict: {check.verdict}."])
+    return "\n".join(map(clean_line, [*lines, f"Verdict: {check.verdict}."]))
 
 
 def _check_heads(seen: Examination, claims: _Claims, findings: list[str]) -> list[SubjectCheck]:

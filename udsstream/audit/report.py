@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from udsstream.untrusted_text import clean_line
+
 __all__ = ["FINDINGS_KEPT", "Anchor", "AuditReport", "Finding", "Ledger", "render"]
 
 FINDINGS_KEPT = 100
@@ -172,7 +174,7 @@ def render(report: AuditReport, title: str) -> str:
     lines += ["Checked", *(f"  {_mark(report, sentence)} {sentence}" for sentence in report.checked), ""]
     if report.unchecked:
         lines += ["Not checked", *(f"  · {sentence}" for sentence in report.unchecked), ""]
-    return "\n".join([*lines, f"Verdict: {report.verdict}."])
+    return "\n".join(map(clean_line, [*lines, f"Verdict: {report.verdict}."]))
 
 
 def _mark(report: AuditReport, sentence: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from udsstream.errors import LogError
@@ -24,7 +24,7 @@ from udsstream.log_queries.queries import (
 )
 from udsstream.log_queries.texts import SampleText
 from udsstream.selection_log.reader import SelectionLog
-from udsstream.untrusted_text import clean, shorten
+from udsstream.untrusted_text import clean, clean_line, shorten
 
 __all__ = [
     "ROWS",
@@ -69,7 +69,7 @@ def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: 
         shown.add_row(
             str(row["position"]),
             str(row["sample_id"]),
-            "" if row["stream"] is None else escape(stream_name(log.run, row["stream"])),
+            "" if row["stream"] is None else _cell(stream_name(log.run, row["stream"])),
             str(row["tokens"]),
             *(number(row[name]) for name in names),
             "" if row["train_order"] is None else f"no. {row['train_order'] + 1}",
@@ -89,7 +89,7 @@ def print_history(history: SampleHistory, *, console: Console | None = None) -> 
     console = console or Console()
     name = f"Sample {history.sample_id}"
     if history.stream is not None:
-        name += f" (number {history.number_in_stream} of stream {history.stream})"
+        name += f" (number {history.number_in_stream} of stream {clean_line(history.stream)})"
     if not history.offers:
         text = f"{name} was never offered in the {history.steps_searched:,} steps looked at."
         if history.exists is False:
@@ -108,7 +108,11 @@ def print_history(history: SampleHistory, *, console: Console | None = None) -> 
     )
     if history.exists is False:
         _say(console, "The streams in run.json hold no sample with this id: the log contradicts itself.")
-    places = {(offer.stream, offer.shard, offer.shard_index) for offer in history.offers if offer.shard is not None}
+    places = {
+        (clean_line(offer.stream or ""), offer.shard, offer.shard_index)
+        for offer in history.offers
+        if offer.shard is not None
+    }
     for stream, shard, index in sorted(places, key=str):
         _say(console, f"It lies in {f'stream {stream}, ' if stream else ''}shard {shard}, at index {index}.")
     lengths = sorted({offer.tokens for offer in history.offers})
@@ -159,7 +163,7 @@ def print_streams(shares: Sequence[StreamChoice], *, console: Console | None = N
     shown = _table("stream", "offered", "chosen", "share", "of all chosen", "tokens offered", "chosen", "mean score")
     for item in shares:
         shown.add_row(
-            escape(item.name),
+            _cell(item.name),
             f"{item.offered:,}",
             f"{item.chosen:,}",
             _percent(item.share_chosen),
@@ -179,7 +183,7 @@ def print_counts(counts: Sequence[SampleCount], title: str, *, console: Console 
     for item in counts:
         shown.add_row(
             str(item.sample_id),
-            escape(item.stream or ""),
+            _cell(item.stream or ""),
             f"{item.offered:,}",
             f"{item.chosen:,}",
             number(item.mean_score),
@@ -315,8 +319,12 @@ def _table(*headings: str, left: Sequence[str] = ()) -> Table:
     return table
 
 
+def _cell(text: str) -> str:
+    return markup.escape(clean_line(text))
+
+
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)
+    console.print(clean(text), highlight=False, markup=False)
 
 
 def _more(console: Console, count: int) -> None:
