@@ -256,6 +256,35 @@ def test_code_in_what_the_run_began_with_is_not_run(run, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["weights.pt#a", "weights.pt?a", "weights.pt;a", "weights{rank}.pt", "weights.tar", "weights.pt.gz"]
+)
+def test_a_name_that_composer_reads_otherwise_is_refused(run, tmp_path, name):
+    """What is looked at first must be what is loaded: Composer parses names as URIs and formats, and unpacks archives."""
+    source, mark = copied(run, tmp_path), tmp_path / "code was run"
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    settings["load_path"] = str(source / name)
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copy(run / "checkpoints" / "latest-rank0.pt", source / name)
+    for other in ("weights.pt", "weights0.pt"):
+        torch.save({"state": {"model": {}}, "more": Payload(mark)}, source / other)
+    with pytest.raises(ResumeError, match=r"Composer would read another file than the one of this name"):
+        replay(source, out=tmp_path / "x")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("steps", [(0, 2), (4, 6)], ids=["the replay's own checkpoint", "the run's"])
+def test_a_folder_whose_name_composer_reads_otherwise_is_refused(run, tmp_path, steps):
+    source, mark = Path(shutil.copytree(run, tmp_path / "a{rank}#b")), tmp_path / "code was run"
+    (tmp_path / "a0-replay" / "checkpoints").mkdir(parents=True)
+    for other in (tmp_path / "a0", tmp_path / "a0-replay" / "checkpoints" / "latest-rank0.pt"):
+        torch.save({"state": {"model": {}}, "more": Payload(mark)}, other)
+    out = None if steps == (0, 2) else tmp_path / "x"
+    with pytest.raises(ResumeError, match=r"Composer would read another file than the one of this name"):
+        replay(source, out=out, steps=steps)
+    assert not mark.exists()
+
+
 def test_a_run_that_began_with_other_weights(run, tmp_path):
     whole = ["model.lora=null", "max_duration=2ba", "eval=null"]
     pipeline.train(load_run_config(run / "config.yaml", [*whole, f"save_folder={tmp_path / 'first'}"]))

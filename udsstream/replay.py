@@ -12,6 +12,7 @@ log becomes batches (`udsstream/mosaicml/replay.py`).
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +24,10 @@ import torch
 from composer import Trainer
 from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
+from composer.utils import is_tar, parse_uri
+from composer.utils.compression import is_compressed_pt
 
-from udsstream.errors import ConfigError, LogError, ReplayError
+from udsstream.errors import ConfigError, LogError, ReplayError, ResumeError
 from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_checkpoint
 from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
@@ -256,10 +259,14 @@ def _check_what_composer_loads(
     run: Path, out: Path, config: RunConfig, checkpoint: Path | None, overrides: Sequence[str]
 ) -> None:
     """Reads what Composer would unpickle: the run's `load_path`, and the checkpoint in a folder that may have come with the run."""
-    for path in sorted((out / "checkpoints").glob("latest-rank*")):
-        read_checkpoint(path)
-    given = any(line.startswith("load_path=") for line in overrides)
-    if config.load_path is None or checkpoint is not None or given:
+    latest = (out / "checkpoints" / "latest-rank0.pt").absolute()
+    _check_name(str(latest))
+    if os.path.lexists(latest):
+        read_checkpoint(latest)
+    if checkpoint is not None:  # `ReplaySelection` has read it
+        _check_name(str(checkpoint))
+        return
+    if config.load_path is None or any(line.startswith("load_path=") for line in overrides):
         return
     if not Path(config.load_path).is_file():
         raise ReplayError(
@@ -267,7 +274,17 @@ def _check_what_composer_loads(
             f"folder may come from somebody else, and Composer unpickles what it loads: if you know whose it is, give "
             f"load_path={config.load_path} again"
         )
+    _check_name(config.load_path)
     read_checkpoint(config.load_path)
+
+
+def _check_name(path: str) -> None:
+    """Composer parses names as URIs, fills in `{rank}` and unpacks archives, so that it may open another file than the one looked at."""
+    if parse_uri(path) != ("", "", path) or {"{", "}"} & set(path) or is_tar(path) or is_compressed_pt(path):
+        raise ResumeError(
+            f"{path!r}: Composer would read another file than the one of this name (by a scheme, #, ?, ;, braces, or as an archive). Give "
+            "the file and its folders plain names"
+        )
 
 
 class _Watch(Callback):
