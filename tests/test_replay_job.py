@@ -320,21 +320,53 @@ def test_a_replay_json_that_was_damaged(run, tmp_path, content):
         replay(run, out=tmp_path / "x")
 
 
-@pytest.mark.slow
-def test_a_run_that_was_trained_further(model, data, tmp_path):
+@pytest.mark.parametrize(
+    ("scheduler", "first", "then", "steps"),
+    [("constant", "4ba", "8ba", 8), ("linear", "4ba", "8ba", 8), ("cosine", "1ep", "2ep", 12)],
+)
+def test_a_run_that_was_trained_further(model, data, tmp_path, scheduler, first, then, steps):
+    """A learning rate that decays was another one in the first attempt, and is in the replay."""
     from jobs import write_config
 
     config = write_config(tmp_path, model, data)
-    settings = ["scheduler.name=constant", "scheduler.warmup=0ba", "eval=null"]
-    pipeline.train(load_run_config(config, [*settings, "max_duration=4ba"]))
-    pipeline.train(load_run_config(config, [*settings, "max_duration=8ba", "autoresume=true"]))
+    settings = [f"scheduler.name={scheduler}", "eval=null"]
+    pipeline.train(load_run_config(config, [*settings, f"max_duration={first}"]))
+    pipeline.train(load_run_config(config, [*settings, f"max_duration={then}", "autoresume=true"]))
     source = tmp_path / "run"
-    with pytest.raises(ReplayError, match=r"trains 4ba, but the log goes on to before step 8: .*\n?.*max_duration=8ba"):
-        replay(source, out=tmp_path / "again")
-    result = replay(source, out=tmp_path / "again", overrides=["max_duration=8ba"])
-    assert (result.stop, result.weights.step, result.weights.identical) == (8, 8, True)
-    shorter = replay(source, out=tmp_path / "shorter", overrides=["max_duration=3ba"])
-    assert (shorter.stop, shorter.weights.step, shorter.weights.identical) == (3, 2, True)
+    result = replay(source)
+    assert (result.verdict, result.differences, result.stop) == ("identical", [], steps)
+    assert result.weights is not None
+    assert result.weights.step == steps
+    assert replay(source, out=tmp_path / "end", steps=(steps // 2, None)).verdict == "identical"
+    with pytest.raises(ReplayError, match=rf"max_duration=3ba ends before step {steps - 1}, .* max_duration={steps}ba"):
+        replay(source, out=tmp_path / "shorter", overrides=["max_duration=3ba"])
+    given = replay(source, out=tmp_path / "given", overrides=[f"max_duration={then}"])
+    line = (
+        f"max_duration, by which the learning rate decays: was {first} from step 0 on, {then} from step {steps // 2} on"
+    )
+    if scheduler == "constant":
+        assert (given.verdict, given.differences) == ("identical", [])
+    else:
+        assert (given.verdict, given.differences) == ("re-used", [f"{line}, is {then}"])
+
+
+def test_a_run_that_was_trained_further_before_this_was_recorded(run, tmp_path):
+    source = copied(run, tmp_path)
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    (source / "config.yaml").write_text(yaml.safe_dump(settings | {"max_duration": "4ba"}))
+    with pytest.raises(ReplayError, match=r"max_duration=4ba ends before step 5, .* longer one: max_duration=6ba"):
+        replay(source, out=tmp_path / "x")
+    assert replay(source, out=tmp_path / "y", overrides=["max_duration=6ba"]).weights.identical
+
+
+@pytest.mark.parametrize(
+    "content", ["[", "{}1", "[[1]]", '[["1", "4ba"]]', '[[1, "4x"]]', '[[4, "4ba"], [2, "6ba"]]', "[" * 100_000]
+)
+def test_durations_that_were_damaged(run, tmp_path, content):
+    source = copied(run, tmp_path)
+    (source / "durations.json").write_text(content)
+    with pytest.raises(ResumeError, match=r"durations\.json does not hold steps and durations"):
+        replay(source, out=tmp_path / "x")
 
 
 @pytest.mark.parametrize(("stop", "compared"), [(6, 6), (5, 4)])

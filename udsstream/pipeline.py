@@ -43,7 +43,7 @@ from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.mosaicml.rng_state import NeutralEvaluation
 from udsstream.run_config import EvalConfig, ModelConfig, RunConfig, SchedulerConfig, ValidationConfig
-from udsstream.run_folder import INITIAL_EVAL, SUMMARY, claim_folder, write_atomically
+from udsstream.run_folder import INITIAL_EVAL, SUMMARY, claim_folder, record_duration, write_atomically
 from udsstream.sft import SFTCollator, num_tokens
 
 __all__ = [
@@ -90,6 +90,7 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Traini
         save_interval=interruption.saving(config.save_interval),
     )
     try:
+        on_rank_zero(lambda: record_duration(folder, trainer.state.timestamp.batch.value, config.max_duration))
         before = _initial_loss(trainer, config, folder)
         if trainer.state.timestamp < config.max_duration:
             trainer.fit()

@@ -21,8 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from composer import Trainer
-from composer.core import Callback, State, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import is_tar, parse_uri
 from composer.utils.compression import is_compressed_pt
@@ -33,7 +32,7 @@ from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.pipeline import build_trainer, close, eval_loss, join_ranks
 from udsstream.run_config import RunConfig, StreamConfig, config_changes, load_run_config
-from udsstream.run_folder import CONFIG, claim_folder, unfinished_folder, write_atomically
+from udsstream.run_folder import CONFIG, claim_folder, read_durations, unfinished_folder, write_atomically
 from udsstream.selection_log.files import read_small
 from udsstream.selection_log.reader import SelectionLog
 
@@ -73,7 +72,7 @@ class ReplayResult:
     save_folder: str
     first: int
     stop: int
-    """Steps `first` to before `stop` were replayed: to the log's end, unless `steps` or `max_duration` said less."""
+    """Steps `first` to before `stop` were replayed."""
     differences: list[str]
     """What is known to be other than in the original; while it is empty, equal weights are expected."""
     weights: WeightsComparison | None
@@ -150,7 +149,15 @@ def replay(
             if key in ("trunk", "head", "warm_start", "reference")
         },
     )
+    durations = read_durations(run)
+    if any(line.startswith("max_duration=") for line in overrides):
+        if config.scheduler.name != "constant" and durations != [(0, config.max_duration)]:
+            was = ", ".join(f"{duration} from step {step} on" for step, duration in durations)
+            changes.append(f"max_duration, by which the learning rate decays: was {was}, is {config.max_duration}")
+        durations = [(0, config.max_duration)]
+    _check_duration(durations, algorithm, run)
     request = {
+        "durations": [list(entry) for entry in durations],
         "run": str(run),
         "run_id": log.run["run_id"],
         "first": algorithm.decisions.first,
@@ -160,10 +167,10 @@ def replay(
     }
     on_rank_zero(lambda: _claim(out, config, request))
     on_rank_zero(lambda: _check_what_composer_loads(run, out, config, checkpoint, overrides))
-    watch = _Watch(algorithm)
+    watch = _Watch(algorithm, durations)
     trainer = build_trainer(config, replay=algorithm, checkpoint=checkpoint, callbacks=[watch])
     try:
-        stop = _last_step(trainer, algorithm, run, overrides)
+        stop = algorithm.decisions.stop
         kept = checkpoints_in(run / "checkpoints")
         target = max((step for step in kept if request["first"] < step <= stop), default=None)
         watch.target = None if target is None else (target, kept[target])
@@ -172,6 +179,10 @@ def replay(
         elif config.eval is not None:
             trainer.eval()
         reached = trainer.state.timestamp.batch.value + algorithm.offset
+        if reached < stop:
+            raise ReplayError(
+                f"training ended before step {reached}, but was to go on to before step {stop}; audit the log of {run}"
+            )
         if watch.comparison is None and watch.target is not None:  # an interrupted replay, which had passed it before
             watch.comparison = _compared_later(trainer.state, reached, algorithm.offset, out, *watch.target)
         result = ReplayResult(
@@ -179,7 +190,7 @@ def replay(
             run_id=log.run["run_id"],
             save_folder=str(out),
             first=request["first"],
-            stop=min(stop, reached),
+            stop=stop,
             differences=[*changes, *algorithm.differences],
             weights=watch.comparison,
             verification=None if algorithm.tally is None else algorithm.tally.as_dict(),
@@ -290,13 +301,25 @@ def _check_name(path: str) -> None:
 class _Watch(Callback):
     """Times the steps, and compares the weights when they should be those of the original's checkpoint."""
 
-    def __init__(self, algorithm: ReplaySelection) -> None:
+    def __init__(self, algorithm: ReplaySelection, durations: Sequence[tuple[int, str]]) -> None:
         self._algorithm = algorithm
+        self._durations = durations
         self.target: tuple[int, Path] | None = None
         """The step whose weights are compared, and the run's checkpoint of it."""
         self._began = 0.0
         self.seconds: list[float] = []
         self.comparison: WeightsComparison | None = None
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Composer's event."""
+        del logger
+        self._last_as_the_run_did(state)
+
+    def _last_as_the_run_did(self, state: State) -> None:
+        """A run that was resumed with a longer max_duration went by that from there on."""
+        done = state.timestamp.batch.value + self._algorithm.offset
+        if done < self._algorithm.decisions.stop:
+            state.max_duration = next(d for step, d in reversed(self._durations) if step <= done)
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Composer's event. The batch's loading does not count, as in `timings.jsonl`."""
@@ -306,23 +329,25 @@ class _Watch(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Composer's event."""
         del logger
+        self._last_as_the_run_did(state)
         self.seconds.append(time.perf_counter() - self._began)
         if self.target is not None and state.timestamp.batch.value + self._algorithm.offset == self.target[0]:
             self.comparison = _compare_weights(state.get_model_state_dict(), *self.target)
 
 
-def _last_step(trainer: Trainer, algorithm: ReplaySelection, run: Path, overrides: Sequence[str]) -> int:
-    """The step before which the replay ends: the log's end, or an earlier one that `max_duration` was given for."""
-    stop, duration = algorithm.decisions.stop, trainer.state.max_duration
-    if duration is None or duration.unit != TimeUnit.BATCH or duration.value + algorithm.offset >= stop:
-        return stop
-    if any(line.startswith("max_duration=") for line in overrides):
-        return duration.value + algorithm.offset
-    raise ReplayError(
-        f"{run / CONFIG} trains {duration}, but the log goes on to before step {stop}: the run was resumed to train further. Give "
-        f"max_duration={stop - algorithm.offset}ba, or what it was resumed with; a learning rate that decays over max_duration was another "
-        "one before, so that only one that does not makes equal weights"
-    )
+def _check_duration(durations: Sequence[tuple[int, str]], algorithm: ReplaySelection, run: Path) -> None:
+    """Raises ReplayError when training would end before the last step that is to be replayed."""
+    last, decisions = Time.from_timestring(durations[-1][1]), algorithm.decisions
+    if last.unit == TimeUnit.EPOCH:
+        begins = decisions[decisions.first].epoch if algorithm.offset else 0
+        reached = decisions[decisions.stop - 1].epoch - begins < last.value
+    else:
+        reached = last.unit != TimeUnit.BATCH or last.value + algorithm.offset >= decisions.stop
+    if not reached:
+        raise ReplayError(
+            f"max_duration={durations[-1][1]} ends before step {decisions.stop - 1}, the last one of {run} that is to be replayed. Give "
+            f"fewer steps (--steps), or a longer one: max_duration={decisions.stop - algorithm.offset}ba"
+        )
 
 
 def _compared_later(

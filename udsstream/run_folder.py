@@ -4,28 +4,43 @@ save_folder/
     config.yaml      the configuration, as validated
     run.json, selection/, pushes/, _state/, _heads/, _buffers/, timings.jsonl     the selection log
     checkpoints/     Composer's
+    durations.json   with which max_duration a resumed run went on, from which step on; absent while it is config.yaml's
     summary.json     written last: a run with it is finished (a replay has replay.json instead)
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from udsstream.errors import LogExistsError, ResumeError
+from udsstream.errors import LogError, LogExistsError, ResumeError
 from udsstream.evals import EVALS
 from udsstream.run_config import RunConfig, config_changes, load_run_config
+from udsstream.selection_log.files import read_small
 
-__all__ = ["CONFIG", "INITIAL_EVAL", "SUMMARY", "claim_folder", "is_finished", "unfinished_folder", "write_atomically"]
+__all__ = [
+    "CONFIG",
+    "INITIAL_EVAL",
+    "SUMMARY",
+    "claim_folder",
+    "is_finished",
+    "read_durations",
+    "record_duration",
+    "unfinished_folder",
+    "write_atomically",
+]
 
 CONFIG = "config.yaml"
 INITIAL_EVAL = "initial_eval.json"
 """The held-out loss before training, so that a resumed run need not measure it again."""
 SUMMARY = "summary.json"
+_DURATIONS, _DURATIONS_LIMIT = "durations.json", 1 << 20
 
 
 def is_finished(save_folder: Path) -> bool:
@@ -84,6 +99,37 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def record_duration(folder: Path, step: int, duration: str) -> None:
+    """Notes that a run goes on from `step` with this max_duration, by which a decaying learning rate goes."""
+    known = read_durations(folder)
+    if known[-1] != (0, duration):
+        durations = [entry for entry in known[1:] if entry[0] < step] + [(step, duration)]
+        write_atomically(folder / _DURATIONS, json.dumps(durations) + "\n")
+
+
+def read_durations(folder: Path) -> list[tuple[int, str]]:
+    """(step, max_duration): what held from this step on, ascending; first that of config.yaml.
+
+    Raises:
+        ResumeError: the file is not what `record_duration` writes.
+    """
+    path = folder / _DURATIONS
+    try:
+        found = json.loads(read_small(path, _DURATIONS_LIMIT)) if path.exists() else []
+        entries = [(step, duration) for step, duration in found]
+        if not all(
+            type(step) is int and step >= 0 and re.fullmatch(r"\d{1,15}(ba|ep|sp|tok)", d) for step, d in entries
+        ):
+            raise ValueError("a step or a duration is none")
+        if entries != sorted(set(entries)):
+            raise ValueError("the steps do not ascend")
+    except (LogError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise ResumeError(
+            f"{path} does not hold steps and durations ({error}); restore it, or remove it and give max_duration"
+        ) from error
+    return [(0, load_run_config(folder / CONFIG).max_duration), *entries]
 
 
 def write_atomically(path: Path, text: str) -> None:
