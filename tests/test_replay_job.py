@@ -392,6 +392,33 @@ def test_an_interrupted_replay_is_compared_though_it_had_passed_the_checkpoint(
     assert (result.weights.step, result.weights.identical) == (compared, True)
 
 
+def test_what_differed_is_known_after_an_interruption_at_the_end(run, tmp_path, monkeypatch):
+    from udsstream import replay as job
+
+    write = job.write_atomically
+
+    def killed(path, text):
+        if '"finished": true' in text:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    source = copied(run, tmp_path)
+    described = json.loads((source / "run.json").read_text())
+    monkeypatch.setattr("udsstream.mosaicml.replay.library_versions", lambda: described["versions"] | {"torch": "0.1"})
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replay(source)
+    (line,) = replay(source).differences
+    assert line.endswith("is '0.1'")
+
+
+@pytest.mark.parametrize("steps", [(None, 10**11), (0, 7), (-(10**11), None), (6, None)])
+def test_steps_that_the_log_does_not_hold(run, tmp_path, steps):
+    with pytest.raises(ReplayError, match=r"holds steps 0 to 5; choose steps that it holds"):
+        replay(run, out=tmp_path / "x", steps=steps)
+
+
 @pytest.mark.parametrize("given", ["5", "a:b", "-1:3", "1:2:3"])
 def test_steps_that_are_no_range(run, monkeypatch, capsys, given):
     code, _, err = udsstream(monkeypatch, capsys, "replay", str(run), "--steps", given)

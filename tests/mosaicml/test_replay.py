@@ -506,7 +506,7 @@ def test_a_replays_checkpoint_belongs_to_that_replay(original, tmp_path):
         longer.run(replay=ReplaySelection(log_of(run), verify=True))
     other = dataclasses.replace(run, folder=str(tmp_path / "other"), duration="8ba", save_interval=None)
     other.run()
-    with pytest.raises(ReplayError, match=r"belongs to a replay of run \w+ \(version 1\), but .* holds run \w+"):
+    with pytest.raises(ReplayError, match=r"belongs to a replay of run \w+ \(version 2\), but .* holds run \w+"):
         longer.run(replay=ReplaySelection(log_of(other)))
 
 

@@ -54,7 +54,7 @@ __all__ = ["ReplaySelection"]
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class ReplaySelection(Algorithm):
@@ -113,6 +113,13 @@ class ReplaySelection(Algorithm):
                     "choose the checkpoint of that step, or leave the first step out"
                 )
             first = self._original["step"]
+        if (first, stop) != (None, None) and len(held := self.log.steps()):
+            begin, end = (held[0] if first is None else first), (held[-1] + 1 if stop is None else stop)
+            if not held[0] <= begin < end <= held[-1] + 1:  # before anything is made that is as long as the range
+                raise ReplayError(
+                    f"steps {begin} to {end - 1} are to be replayed, but the log in {self.log.root} holds steps {held[0]} to {held[-1]}; "
+                    "choose steps that it holds"
+                )
         self.decisions = LoggedDecisions(
             self.log, first=first, stop=stop, candidates=verify, ranks=dist.get_world_size()
         )
@@ -208,6 +215,7 @@ class ReplaySelection(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted replay needs to go on, as plain types, bytes and tensors."""
         state: dict[str, Any] = {"version": STATE_VERSION, "run_id": self.log.run["run_id"], "offset": self.offset}
+        state["differences"] = list(self.differences)
         state["rng"] = gather_rng_state()
         if self._selector is not None and self.tally is not None:
             state["memory"] = self._selector.memory_state()
@@ -232,6 +240,7 @@ class ReplaySelection(Algorithm):
                 f"{'out' if self.verify else ''} verify; go on with the settings that it had"
             )
         self._resumed = True
+        self.differences = list(state["differences"])
         self._pending_rng = state["rng"]
         if self.verify:
             self._memory = state["memory"]
@@ -280,7 +289,8 @@ class ReplaySelection(Algorithm):
                 "the duration in batches (ba) or epochs (ep)"
             )
         model = unwrapped(state.model)
-        self.differences = self._known_differences(state, model)
+        # Those of an interrupted replay stay: what it had begun with is not seen any more.
+        self.differences = list(dict.fromkeys([*self.differences, *self._known_differences(state, model)]))
         for line in self.differences:
             log.warning("This replay differs from the run, so equal weights are not to be expected: %s", line)
         if self.verify and self._selector is None:
