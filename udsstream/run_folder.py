@@ -19,10 +19,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from udsstream.errors import LogError, LogExistsError, ResumeError
+from udsstream.errors import LogExistsError, ResumeError
 from udsstream.evals import EVALS
 from udsstream.run_config import RunConfig, config_changes, load_run_config
-from udsstream.selection_log.files import read_small
 
 __all__ = [
     "CONFIG",
@@ -117,7 +116,9 @@ def read_durations(folder: Path) -> list[tuple[int, str]]:
     """
     path = folder / _DURATIONS
     try:
-        found = json.loads(read_small(path, _DURATIONS_LIMIT)) if path.exists() else []
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _DURATIONS_LIMIT):
+            raise ValueError(f"it is no file of at most {_DURATIONS_LIMIT:,} bytes")
+        found = json.loads(path.read_bytes()) if path.exists() else []
         entries = [(step, duration) for step, duration in found]
         if not all(
             type(step) is int and step >= 0 and re.fullmatch(r"\d{1,15}(ba|ep|sp|tok)", d) for step, d in entries
@@ -125,7 +126,7 @@ def read_durations(folder: Path) -> list[tuple[int, str]]:
             raise ValueError("a step or a duration is none")
         if entries != sorted(set(entries)):
             raise ValueError("the steps do not ascend")
-    except (LogError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ResumeError(
             f"{path} does not hold steps and durations ({error}); restore it, or remove it and give max_duration"
         ) from error
