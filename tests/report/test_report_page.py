@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -318,6 +319,19 @@ def test_what_cannot_be_written_or_read(run, tmp_path):
     kept = write_report(root).path.read_text()
     assert kept.startswith(BEGINNING)
     assert sorted(path.name for path in root.iterdir() if "report" in path.name) == ["report.html"]
+
+
+@pytest.mark.timeout(60)
+def test_pipes_in_a_received_folder_are_not_waited_for(tmp_path):
+    root = uds_log.write(tmp_path / "run")
+    for name in ("summary.json", "timings.jsonl", "evals.jsonl"):
+        os.mkfifo(root / name)
+    page = checked(write_report(root).path.read_text())
+    assert "timings.jsonl is not a regular file" in page.text
+    (root / "report.html").unlink()
+    os.mkfifo(root / "report.html")
+    with pytest.raises(ConfigError, match=r"report.html is not a place for a report .*regular file.*--out"):
+        write_report(root)
 
 
 def test_held_out_loss_is_shown_when_the_pipeline_left_it(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from udsstream.log_queries.texts import read_text
 from udsstream.report.figures import Figures, measure
 from udsstream.report.page import BEGINNING, Content, render
 from udsstream.report.samples import pick
-from udsstream.selection_log.files import new_file
+from udsstream.selection_log.files import new_file, read_small
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["WrittenReport", "write_report"]
@@ -90,6 +91,8 @@ def _check_place(path: Path) -> None:
     try:
         if not path.exists():
             return
+        if not path.is_file():
+            raise OSError("it is not a regular file")
         with open(path, "rb") as file:
             found = file.read(len(beginning))
     except OSError as error:
@@ -107,18 +110,16 @@ def _replace(path: Path, content: bytes) -> None:
             file.write(content)
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise ConfigError(f"the report cannot be written to {path} ({error}); name another file with --out") from error
 
 
 def _held_out(root: Path) -> tuple[float, float] | None:
     """Held-out loss before and after training from the pipeline's summary.json, which a run of one's own script does not have."""
-    path = root / "summary.json"
     try:
-        if path.stat().st_size > _SUMMARY_BYTES:
-            return None
-        summary = json.loads(path.read_bytes())
+        summary = json.loads(read_small(root / "summary.json", _SUMMARY_BYTES))
         losses = float(summary["eval_loss_before"]), float(summary["eval_loss_after"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (LogError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return losses if all(map(math.isfinite, losses)) else None
