@@ -22,7 +22,7 @@ from udsstream.cli.demo import demo
 from udsstream.cli.export import export
 from udsstream.cli.ingest import ingest
 from udsstream.cli.log import log
-from udsstream.cli.options import is_rank_zero
+from udsstream.cli.options import complaint, is_rank_zero
 from udsstream.cli.replay import replay
 from udsstream.cli.report import report
 from udsstream.cli.train import train
@@ -92,5 +92,5 @@ def main() -> None:
     try:
         app()
     except UdsstreamError as error:
-        print(f"udsstream: {type(error).__name__}: {error}", file=sys.stderr)
+        print(complaint(error), file=sys.stderr)
         sys.exit(1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from udsstream.cli.options import stream_places
+from udsstream.cli.options import complaint, stream_places
 
 __all__ = ["audit"]
 
@@ -77,11 +77,10 @@ def audit(
                 run, data=data, streams=places, checkpoint=checkpoint, anchor=kept, attest=attest, key=key
             )
     except UdsstreamError as error:
-        message = f"{type(error).__name__}: {error}"
         if as_json:
-            print(json.dumps({"error": message, "exit_code": _UNREADABLE}, indent=2))
+            print(json.dumps({"error": f"{type(error).__name__}: {error}", "exit_code": _UNREADABLE}, indent=2))
         else:
-            typer.echo(f"udsstream: {message}", err=True)
+            typer.echo(complaint(error), err=True)
         raise typer.Exit(_UNREADABLE) from error
     print(json.dumps(found, indent=2) if as_json else text)
     raise typer.Exit(found["exit_code"])

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from udsstream.untrusted_text import clean_line
+
 __all__ = ["ingest"]
 
 
@@ -133,4 +135,4 @@ def _summary(result: Any) -> str:
         lines.append(f"why rows were rejected: {result.out / 'rejects.jsonl'}")
     if sys.stderr.isatty() and result.resumed:
         lines.append("went on with an ingest that had been interrupted")
-    return "\n".join(lines)
+    return "\n".join(map(clean_line, lines))

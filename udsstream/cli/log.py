@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from udsstream.untrusted_text import clean_line
+
 __all__ = ["log"]
 
 
@@ -102,7 +104,7 @@ def log(
     shown: list[int] = []  # samples
     if to_parquet:
         written = str(opened.to_parquet())
-        print(json.dumps({"parquet": written}) if as_json else written)
+        print(json.dumps({"parquet": written}) if as_json else clean_line(written))
     elif step is not None:
         tables.print_step(opened, step, as_json=as_json)
         shown = queries.candidates_of(opened, step) if text else []

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 import typer
 
-__all__ = ["is_rank_zero", "stream_places"]
+from udsstream.errors import UdsstreamError
+from udsstream.untrusted_text import clean
+
+__all__ = ["complaint", "is_rank_zero", "stream_places"]
+
+
+def complaint(error: UdsstreamError) -> str:
+    """An error as it is printed: it may quote what others wrote, so none of its further lines begins where one of ours does."""
+    return clean(f"udsstream: {type(error).__name__}: {error}").replace("\n", "\n  ")
 
 
 def stream_places(given: Sequence[str] | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from udsstream.cli.options import stream_places
+from udsstream.untrusted_text import clean_line
 
 __all__ = ["report"]
 
@@ -34,4 +35,4 @@ def report(
 
     places = stream_places(stream)
     written = write_report(run, out=out, text=not no_text, streams=places, per_kind=samples, checkpoint=checkpoint)
-    print(f"{written.path} ({written.bytes / 1000:,.0f} kB). Audit: {written.verdict}.")
+    print(clean_line(f"{written.path} ({written.bytes / 1000:,.0f} kB). Audit: {written.verdict}."))

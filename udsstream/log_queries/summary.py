@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from udsstream.log_queries.queries import stream_name, trains
 from udsstream.log_queries.tables import share
 from udsstream.selection_log.reader import SelectionLog
+from udsstream.untrusted_text import clean_line
 
 __all__ = ["RunSummary", "print_summary", "summarize"]
 
@@ -94,7 +96,8 @@ def print_summary(
     log = SelectionLog.open(run)
     summary = summarize(log, until=until)
     limited = "" if until is None else f" before step {until}"
-    table = Table(title=f"What was chosen in {run}{limited}", title_justify="left", show_header=False)
+    where = clean_line(str(run))
+    table = Table(title=escape(f"What was chosen in {where}{limited}"), title_justify="left", show_header=False)
     table.add_row("steps", f"{summary.steps:,}")
     table.add_row("candidates looked at", f"{summary.candidates:,}")
     kept = f"{summary.kept:,} ({share(summary.kept, summary.candidates)})"
@@ -112,9 +115,9 @@ def print_summary(
     if summary.score_length_correlation is not None:
         table.add_row("correlation of score and length", f"{summary.score_length_correlation:+.2f}")
     console.print(table)
-    console.print(f"The record of every choice is in {run}. Read it with:", highlight=False)
+    console.print(f"The record of every choice is in {where}. Read it with:", highlight=False, markup=False)
     for arguments in ("--step 0", "--least 5 --text", "--to-parquet"):
-        console.print(f"  {_command()} log {run} {arguments}", highlight=False, soft_wrap=True)
+        console.print(f"  {_command()} log {where} {arguments}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _command() -> str:
