@@ -326,6 +326,13 @@ def test_why_there_is_no_text_is_said(tmp_path, streams):
     assert re.search(r"No text: \S+cats/index.json cannot be read", done.stdout)
 
 
+def test_a_column_s_name_and_a_reason_are_on_one_line(capsys):
+    print_texts([3, 4], [SampleText(fields=(("a\nb\x07", "c\nd\x07"),)), SampleText(problem="e\nf")])
+    shown = capsys.readouterr().out
+    assert "a\\u000ab\\u0007: c\nd\\u0007\n" in shown
+    assert "No text: e\\u000af\n" in shown
+
+
 def test_nor_does_the_reason_why_there_is_no_text(tmp_path, capsys):
     """The reason quotes run.json and Streaming, which quote whoever wrote the log and the stream."""
     reason = problem(*one(tmp_path, write_stream(tmp_path / "s", pairs("s", 4)), location="s3://\x1b[31mred\u202e"))

@@ -198,11 +198,11 @@ def print_texts(sample_ids: Sequence[int], texts: Sequence[SampleText], *, conso
     for number, text in zip(sample_ids, texts, strict=True):
         console.rule(f"sample {number}", align="left")
         if text.problem is not None:
-            _say(console, f"No text: {clean(text.problem)}")
+            _say(console, f"No text: {clean_line(text.problem)}")
         for label, value in text.fields:
             beginning = shorten(value, characters=_TEXT_CHARACTERS, lines=_TEXT_LINES)
             cut = f" … ({beginning.left_out:,} more characters)" if beginning.left_out else ""
-            _say(console, f"{clean(label)}: {clean(beginning)}{cut}")
+            _say(console, f"{clean_line(label)}: {beginning}{cut}")
 
 
 def print_suppressed(found: Suppressed, *, console: Console | None = None) -> None:
