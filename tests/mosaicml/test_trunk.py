@@ -18,7 +18,17 @@ import torch
 from composer.models import ComposerModel, HuggingFaceModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -298,6 +308,42 @@ def test_the_adapter_of_the_head_is_part_of_its_weight():
     assert oracles.relative_error(weight, bare) > 0.01
     a, b = (getattr(parts.head_module, side)["default"].weight for side in ("lora_A", "lora_B"))
     torch.testing.assert_close(weight, bare + parts.head_module.scaling["default"] * b @ a)
+
+
+ON_THE_HEAD = {
+    "LoRA": (LoraConfig(r=4), "hidden_space"),
+    "AdaLoRA": (AdaLoraConfig(init_r=4, total_step=10), "hidden_space"),
+    "DoRA": (LoraConfig(r=4, use_dora=True), "logits"),
+    "LoRA with a bias": (LoraConfig(r=4, lora_bias=True), "logits"),
+    "LoHa": (LoHaConfig(r=4), "logits"),
+    "LoKr": (LoKrConfig(r=4), "logits"),
+    "OFT": (OFTConfig(r=0, oft_block_size=8), "logits"),
+    "HRA": (HRAConfig(r=4), "logits"),
+    "VeRA": (VeraConfig(r=4), "logits"),
+    "IA3": (IA3Config(feedforward_modules=[]), "logits"),
+}
+
+
+@pytest.mark.parametrize("kind", ON_THE_HEAD)
+def test_adapters_of_any_kind_count_once_they_have_been_trained(kind):
+    """A new one changes nothing, and the form is chosen then."""
+    config, form_expected = ON_THE_HEAD[kind]
+    config = copy.deepcopy(config)
+    config.target_modules = {"lm_head"}
+    torch.manual_seed(1)
+    model = HuggingFaceModel(get_peft_model(_llama(), config), use_logits=True)
+    parts, batch = ModelParts(model), make_batch([7, 12])
+    with neutral(model):
+        form = choose_form(parts, make_batch([30]))
+    assert form.form == form_expected
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    intra, _ = score(model, parts, batch, form=form)
+    for row in range(2):
+        assert oracles.relative_error(intra[row], oracles.nuclear_norm(logits_alone(model, batch, row))) < 1e-5
 
 
 def test_merged_and_disabled_adapters_of_the_head_are_not_added():

@@ -102,6 +102,11 @@ def read_head(module: nn.Module, *, scale: float = 1.0, softcap: float | None = 
                 f"the head is adapted by a {type(module).__name__}, whose effective weight cannot be read."
             )
         for adapter in _active_adapters(module):
+            if not _adds_to_the_weight(module, adapter):
+                raise ModelError(
+                    f"the head is adapted by {adapter!r}, a {type(module).__name__} ({type(module).__module__}) that does more than add a "
+                    "low-rank product to its weight, as DoRA, LoHa, OFT and others do."
+                )
             update = _low_rank_update(module, adapter, weight)
             if update is not None:
                 updates.append(update)
@@ -117,6 +122,14 @@ def read_head(module: nn.Module, *, scale: float = 1.0, softcap: float | None = 
         shard=shard,
         updates=tuple(updates),
     )
+
+
+def _adds_to_the_weight(module: nn.Module, adapter: str) -> bool:
+    """Whether it is LoRA or AdaLoRA and nothing else. A new adapter of any kind changes nothing yet, so that the logits do not tell."""
+    if adapter not in getattr(module, "lora_A", {}) or getattr(module, "use_dora", {}).get(adapter):
+        return False
+    up = module.lora_B[adapter]  # pyright: ignore[reportIndexIssue]
+    return isinstance(up, Tensor) or (type(up) is nn.Linear and up.bias is None)
 
 
 def _low_rank_update(module: nn.Module, adapter: str, weight: Tensor) -> LowRankUpdate | None:
@@ -152,4 +165,5 @@ def _active_adapters(module: nn.Module) -> list[str]:
     """peft's adapters that this layer adds to its base layer's output now: none while they are merged into it or switched off."""
     if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
         return []
-    return [adapter for adapter in getattr(module, "active_adapters", []) if adapter in getattr(module, "lora_A", {})]
+    kinds = [getattr(module, name, {}) for name in getattr(module, "adapter_layer_names", ("lora_A",))]
+    return [adapter for adapter in getattr(module, "active_adapters", []) if any(adapter in kind for kind in kinds)]
