@@ -177,6 +177,31 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(root, tmp_path):
     assert [entry.name for entry in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_code_that_comes_with_the_model_needs_ones_own_word(root, tmp_path, monkeypatch, capsys):
+    shutil.copytree(root / "lora", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    model, mark = tmp_path / "model", tmp_path / "code was run"
+    shutil.copytree(settings["model"]["name"], model)
+    (model / "coming.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaForCausalLM\n\n\nclass Coming(LlamaForCausalLM):\n    pass\n"
+    )
+    described = json.loads((model / "config.json").read_text())
+    described["auto_map"] = {"AutoModelForCausalLM": "coming.Coming"}
+    (model / "config.json").write_text(json.dumps(described))
+    settings["model"] |= {"name": str(model), "trust_remote_code": True}
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"asks to run code that comes with the model .* give --trust-remote-code"):
+        export_model(tmp_path / "run", tmp_path / "out")
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+    code, _, _ = jobs.udsstream(
+        monkeypatch, capsys, "export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--trust-remote-code"
+    )
+    assert code == 0
+    assert mark.exists()
+
+
 def test_weights_of_another_model_are_refused(root, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

@@ -48,7 +48,13 @@ class ExportedModel:
 
 
 def export_model(
-    run: Path, out: Path, *, step: int | None = None, adapter: bool = False, dtype: str | None = None
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    adapter: bool = False,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportedModel:
     """Writes the model of a training job as a folder that `from_pretrained` reads, with its tokenizer.
 
@@ -62,9 +68,11 @@ def export_model(
         step: of which checkpoint. None: the newest.
         adapter: write LoRA's matrices alone, as peft reads them.
         dtype: float32, bfloat16 or float16. None: as it was trained.
+        trust_remote_code: run code that comes with the model, where the job's configuration asks for it too.
 
     Raises:
-        ConfigError: `adapter` for a job that trained the whole model; an unknown dtype; the folder holds no job's configuration.
+        ConfigError: the configuration asks for code that comes with the model, which is not trusted; `adapter` for a job that trained the
+            whole model; an unknown dtype; the folder holds no job's configuration.
         ResumeError: there is no such checkpoint, it cannot be read without running code, or it is of another model.
         OutputExistsError: `out` holds something else.
         ModelError: the base model cannot be loaded.
@@ -78,6 +86,11 @@ def export_model(
             "trained is saved there, by its `save_pretrained`"
         )
     config = load_run_config(run / CONFIG)
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise ConfigError(
+            f"{run / CONFIG} asks to run code that comes with the model {config.model.name} (model.trust_remote_code). A run's folder may "
+            "come from somebody else: if you know whose code it is, give --trust-remote-code"
+        )
     if adapter and config.model.lora is None:
         raise ConfigError(f"{run} trained the whole model (model.lora is not set): it has no adapter to write alone")
     path, at = _checkpoint(run, step)

@@ -20,6 +20,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as it was trained without it.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model, if the run did.")
+    ] = False,
 ) -> None:
     """Write the model that a run trained as a Hugging Face folder.
 
@@ -29,6 +32,6 @@ def export(
     """
     from udsstream.trained_model import export_model
 
-    written = export_model(run, out, step=step, adapter=adapter, dtype=dtype)
+    written = export_model(run, out, step=step, adapter=adapter, dtype=dtype, trust_remote_code=trust_remote_code)
     what = "the adapter" if adapter else "the model"
     print(f"{out}: {what} after {written.step} steps, {written.dtype}, weights {written.weights_sha256[:12]}")
