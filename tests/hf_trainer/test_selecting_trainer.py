@@ -159,12 +159,13 @@ def test_a_part_without_rows_adds_nothing(tmp_path):
     )
     four = dataclasses.replace(one, folder=str(tmp_path / "four"), arguments=ACCUMULATING)
     for run in (one, four):
-        run.arguments["max_steps"] = 2
+        # Adam divides by the gradient's size: it would hide a wrong scale, and show rounding where a gradient is nearly 0.
+        run.arguments.update(max_steps=2, optim="sgd", learning_rate=0.1)
     trainer = watched(four)
     assert [len(part["input_ids"]) for part in trainer.parts[0]] == [1, 1, 0, 0]
     expected = one.run()
     for name, weight in weights_of(trainer).items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("evaluated", [False, True])

@@ -26,6 +26,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -41,6 +42,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from trunk_scores import LONGEST, V, logits_alone, make_batch, rows_of, score
 
@@ -344,6 +347,19 @@ def test_adapters_of_any_kind_count_once_they_have_been_trained(kind):
     intra, _ = score(model, parts, batch, form=form)
     for row in range(2):
         assert oracles.relative_error(intra[row], oracles.nuclear_norm(logits_alone(model, batch, row))) < 1e-5
+
+
+def test_virtual_tokens_are_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = HuggingFaceModel(get_peft_model(_llama(), config), use_logits=True)
+    with neutral(model), pytest.raises(ModelError, match=r"makes 35 logits of 30 tokens.*virtual tokens"):
+        choose_form(ModelParts(model), make_batch([30], labels=False))
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    config = T5Config(vocab_size=V, d_model=D, num_layers=1, num_heads=2, d_kv=8, d_ff=32, decoder_start_token_id=0)
+    with pytest.raises(ModelError, match="T5Config is of an encoder-decoder model"):
+        ModelParts(T5ForConditionalGeneration(config))
 
 
 def test_merged_and_disabled_adapters_of_the_head_are_not_added():

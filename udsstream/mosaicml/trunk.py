@@ -87,6 +87,11 @@ class ModelParts:
         self.head_module = named_module(model, head, "head") if head is not None else find_head(model)
         self._trunk = named_module(model, trunk, "trunk") if trunk is not None else None
         self._config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+        if getattr(self._config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(self._config).__name__} is of an encoder-decoder model, whose logits are of other tokens than its input_ids; only "
+                "decoders that predict their own input's next token can be scored"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -211,6 +216,12 @@ def choose_form(parts: ModelParts, batch: Mapping[str, Any]) -> ScoringForm:
         for key, value in batch.items()
     }
     hidden, logits = parts.hidden_states_and_logits(one)
+    shown = logits if logits is not None else hidden
+    if shown is not None and shown.shape[1] != n:
+        raise ModelError(
+            f"the model makes {shown.shape[1]} {'logits' if logits is not None else 'hidden states'} of {n} tokens, but one for each is "
+            "needed: virtual tokens (prompt tuning, p-tuning) cannot be told from a sample's own. Prefix tuning and LoRA can be scored"
+        )
     readable = True
     try:
         parts.head(ScoringForm(form="hidden_space"))
