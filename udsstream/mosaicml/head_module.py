@@ -126,9 +126,10 @@ def read_head(module: nn.Module, *, scale: float = 1.0, softcap: float | None = 
 
 def _adds_to_the_weight(module: nn.Module, adapter: str) -> bool:
     """Whether it is LoRA or AdaLoRA and nothing else. A new adapter of any kind changes nothing yet, so that the logits do not tell."""
-    if adapter not in getattr(module, "lora_A", {}) or getattr(module, "use_dora", {}).get(adapter):
+    lora_a, lora_b = (getattr(module, name, {}) for name in ("lora_A", "lora_B"))
+    if adapter not in lora_a or getattr(module, "use_dora", {}).get(adapter):
         return False
-    up = module.lora_B[adapter]  # pyright: ignore[reportIndexIssue]
+    up = lora_b[adapter]
     return isinstance(up, Tensor) or (type(up) is nn.Linear and up.bias is None)
 
 
