@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
 
 from udsstream.errors import LogCorruptError
+from udsstream.plain_files import IrregularFileError, OversizedFileError, pieces
 
 __all__ = ["EVALS", "append_eval", "append_resumption", "read_evals"]
 
@@ -76,18 +76,17 @@ def read_evals(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read(path: Path) -> bytes:
     """The file's bytes, or none; what a folder that was received may have in its place is not waited for, nor read without end."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return b"".join(pieces(path, _LIMIT))
     except FileNotFoundError:
         return b""
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise LogCorruptError(f"{path} is not a regular file: remove it and do without the losses along the run")
-        data = file.read(_LIMIT + 1)
-    if len(data) > _LIMIT:
+    except IrregularFileError as error:
+        raise LogCorruptError(
+            f"{path} is not a regular file: remove it and do without the losses along the run"
+        ) from error
+    except OversizedFileError as error:
         raise LogCorruptError(
             f"{path} has more than {_LIMIT} bytes, which no run's evaluations take: remove it and do without them"
-        )
-    return data
+        ) from error
 
 
 def _append(folder: Path, line: dict[str, int | float | None]) -> None:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from udsstream.errors import LogExistsError, ResumeError
 from udsstream.evals import EVALS
+from udsstream.plain_files import new_file, pieces
 from udsstream.run_config import RunConfig, config_changes, load_run_config
 
 __all__ = [
@@ -116,9 +117,7 @@ def read_durations(folder: Path) -> list[tuple[int, str]]:
     """
     path = folder / _DURATIONS
     try:
-        if path.exists() and not (path.is_file() and path.stat().st_size <= _DURATIONS_LIMIT):
-            raise ValueError(f"it is no file of at most {_DURATIONS_LIMIT:,} bytes")
-        found = json.loads(path.read_bytes()) if path.exists() else []
+        found = json.loads(b"".join(pieces(path, _DURATIONS_LIMIT))) if path.exists() else []
         entries = [(step, duration) for step, duration in found]
         if not all(
             type(step) is int and step >= 0 and re.fullmatch(r"\d{1,15}(ba|ep|sp|tok)", d) for step, d in entries
@@ -136,8 +135,7 @@ def read_durations(folder: Path) -> list[tuple[int, str]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file as a whole: a crash leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "x", encoding="utf-8") as file:  # follows no link, which may have come with the folder
+    with open(new_file(temporary), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from udsstream.errors import DataError
+from udsstream.plain_files import pieces
 
 __all__ = [
     "INDEX",
@@ -26,14 +25,12 @@ __all__ = [
     "ShardFile",
     "check_file",
     "parse_index",
-    "pieces",
 ]
 
 INDEX = "index.json"
 WEBDATASET_INDEX = "udsstream-index.json"
 """Of a folder of tar shards, in the same form (`udsstream/mosaicml/webdataset_index.py` writes it)."""
 INDEX_LIMIT = 1 << 30
-_CHUNK = 1 << 20
 _FILES = ("raw_data", "raw_meta")
 
 
@@ -157,18 +154,3 @@ def _hasher(name: str) -> Any:
         make: Callable[[], Any] = getattr(xxhash, name)
         return make()
     return None
-
-
-def pieces(path: Path, limit: int | None) -> Iterator[bytes]:
-    """The bytes of a regular file, a piece at a time; OSError for anything else, or for more than `limit`."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError("it is not a regular file")
-        if limit is not None and info.st_size > limit:
-            raise OSError(f"it has {info.st_size} bytes, more than the {limit} of any index")
-        while piece := os.read(fd, _CHUNK):
-            yield piece
-    finally:
-        os.close(fd)

@@ -17,6 +17,7 @@ from udsstream.audit.report import Finding, Ledger
 from udsstream.audit.rows import Decisions
 from udsstream.audit.settings import RunFacts, StreamFacts
 from udsstream.errors import ConfigError, DataError
+from udsstream.plain_files import pieces
 from udsstream.stream_index import (
     INDEX,
     INDEX_LIMIT,
@@ -25,7 +26,6 @@ from udsstream.stream_index import (
     ShardFile,
     check_file,
     parse_index,
-    pieces,
 )
 
 __all__ = ["check_data"]

@@ -25,7 +25,8 @@ import numpy as np
 from udsstream.curate.columns import Column, parse_columns
 from udsstream.errors import ConfigError, DataError, ShardError
 from udsstream.job_folder import replace_file, write_errors
-from udsstream.stream_index import INDEX, INDEX_LIMIT, Shard, check_file, parse_index, pieces
+from udsstream.plain_files import pieces
+from udsstream.stream_index import INDEX, INDEX_LIMIT, Shard, check_file, parse_index
 
 __all__ = ["Located", "Samples", "SourceStream", "recorded_streams", "whole_stream"]
 

@@ -24,7 +24,8 @@ from webdataset.tariterators import base_plus_ext
 
 from udsstream.errors import DataError, ShardError
 from udsstream.job_folder import replace_file
-from udsstream.stream_index import INDEX_LIMIT, WEBDATASET_INDEX, parse_index, pieces
+from udsstream.plain_files import pieces
+from udsstream.stream_index import INDEX_LIMIT, WEBDATASET_INDEX, parse_index
 
 __all__ = [
     "INDEX",

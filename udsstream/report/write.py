@@ -13,10 +13,11 @@ from pathlib import Path
 from udsstream.audit.run import audit
 from udsstream.errors import ConfigError, LogCorruptError, LogError
 from udsstream.log_queries.texts import read_text
+from udsstream.plain_files import new_file
 from udsstream.report.figures import Figures, measure
 from udsstream.report.page import BEGINNING, Content, render
 from udsstream.report.samples import pick
-from udsstream.selection_log.files import new_file, read_small
+from udsstream.selection_log.files import read_small
 from udsstream.selection_log.reader import SelectionLog
 
 __all__ = ["WrittenReport", "write_report"]

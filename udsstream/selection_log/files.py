@@ -9,18 +9,17 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from udsstream.errors import LogCorruptError, LogError, LogWriteError
+from udsstream.plain_files import IrregularFileError, new_file, open_regular
 
 __all__ = [
     "append_all",
     "make_dirs",
     "map_file",
-    "new_file",
     "read_small",
     "replace_file",
     "sync_dir",
@@ -80,15 +79,6 @@ def make_dirs(path: Path) -> None:
         sync_dir(folder.parent)
 
 
-def new_file(path: Path) -> int:
-    """A descriptor of a file that was not there: what stands at `path` is taken away, and a link there is not followed.
-
-    For temporary files of known names in a folder that may have been received: a link there could name any file of the reader's.
-    """
-    path.unlink(missing_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
-
 def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
     """Put `data` at `path` so that a crash leaves the old content or the new, never a mixture."""
     temporary = temporary or path.with_name(f".{path.name}.tmp")
@@ -105,23 +95,20 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
 
 
 def _open_regular(path: Path) -> tuple[int, int]:
-    """A read-only descriptor and the size; refuses pipes and devices, on which a read could wait for ever."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        os.close(fd)
-        raise LogCorruptError(f"{path} is not a regular file: this is no log that udsstream wrote")
-    return fd, info.st_size
+    """A read-only descriptor and the size. FileNotFoundError passes through."""
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        raise
+    except IrregularFileError as error:
+        raise LogCorruptError(f"{path} is not a regular file: this is no log that udsstream wrote") from error
+    except OSError as error:
+        raise LogError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_small(path: Path, limit: int) -> bytes:
     """The whole of a file of at most `limit` bytes. FileNotFoundError passes through."""
-    try:
-        fd, size = _open_regular(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise LogError(f"cannot read {path}: {error.strerror or error}") from error
+    fd, size = _open_regular(path)
     try:
         if size > limit:
             raise LogCorruptError(
@@ -139,12 +126,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 def map_file(path: Path) -> memoryview:
     """The file's bytes at this moment, mapped and not copied. FileNotFoundError passes through."""
-    try:
-        fd, size = _open_regular(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise LogError(f"cannot read {path}: {error.strerror or error}") from error
+    fd, size = _open_regular(path)
     try:
         if size == 0:
             return memoryview(b"")

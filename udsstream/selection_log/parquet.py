@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from udsstream.errors import LogCorruptError
+from udsstream.plain_files import new_file
 from udsstream.selection_log import layout
 from udsstream.selection_log.digest import attempt_link, batch_link, genesis
 from udsstream.selection_log.encoding import TableCodec
-from udsstream.selection_log.files import make_dirs, new_file, read_small, sync_dir, write_errors
+from udsstream.selection_log.files import make_dirs, read_small, sync_dir, write_errors
 from udsstream.selection_log.manifest import canonical_json
 from udsstream.selection_log.recovery import step_starts
 from udsstream.selection_log.run_file import RUN_LIMIT, decode_run, read_run
