@@ -113,13 +113,6 @@ class ReplaySelection(Algorithm):
                     "choose the checkpoint of that step, or leave the first step out"
                 )
             first = self._original["step"]
-        if (first, stop) != (None, None) and len(held := self.log.steps()):
-            begin, end = (held[0] if first is None else first), (held[-1] + 1 if stop is None else stop)
-            if not held[0] <= begin < end <= held[-1] + 1:  # before anything is made that is as long as the range
-                raise ReplayError(
-                    f"steps {begin} to {end - 1} are to be replayed, but the log in {self.log.root} holds steps {held[0]} to {held[-1]}; "
-                    "choose steps that it holds"
-                )
         self.decisions = LoggedDecisions(
             self.log, first=first, stop=stop, candidates=verify, ranks=dist.get_world_size()
         )
