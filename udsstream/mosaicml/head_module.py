@@ -134,16 +134,14 @@ def _adds_to_the_weight(module: nn.Module, adapter: str) -> bool:
 
 
 def _low_rank_update(module: nn.Module, adapter: str, weight: Tensor) -> LowRankUpdate | None:
-    """What a plain LoRA adapter adds, by its factors; None for other kinds (DoRA, transposed weights, embeddings, a bias of its own).
+    """What an adapter adds to the weight, by its factors; None where these are no plain linear maps (AdaLoRA, transposed weights).
 
     peft's own `get_delta_weight` builds V×D, and of half precision on a CPU it writes the factors anew.
     """
     lora_a, lora_b = (getattr(module, name, {}) for name in ("lora_A", "lora_B"))
-    if adapter not in lora_a or type(lora_a[adapter]) is not nn.Linear or type(lora_b[adapter]) is not nn.Linear:
+    if type(lora_a[adapter]) is not nn.Linear or type(lora_b[adapter]) is not nn.Linear:
         return None
-    if getattr(module, "use_dora", {}).get(adapter) or getattr(module, "fan_in_fan_out", False):
-        return None
-    if lora_b[adapter].bias is not None:
+    if getattr(module, "fan_in_fan_out", False):
         return None
     up = own_rows(in_rows(lora_b[adapter].weight, weight))[0]
     return LowRankUpdate(up=up, down=whole(lora_a[adapter].weight), scale=float(module.scaling[adapter]))  # pyright: ignore
