@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 
 __all__ = [
+    "ATTEMPTS",
     "DIGEST_RULE",
     "attempt_link",
     "batch_link",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 DIGEST_RULE = "udsstream-sha256-1"
+
+ATTEMPTS = 1 << 15
+"""How many attempts a log can have: the chain has their numbers as int16."""
 
 _ATTEMPT = b"\x01"
 _BATCH = b"\x02"

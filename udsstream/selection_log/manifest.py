@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from udsstream.errors import LogCorruptError
 from udsstream.selection_log import layout
-from udsstream.selection_log.digest import attempt_link, genesis
+from udsstream.selection_log.digest import ATTEMPTS, attempt_link, genesis
 from udsstream.selection_log.files import append_all, read_small
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 MANIFEST_LIMIT = 64 << 20
-_ATTEMPTS = 1 << 15  # the chain has their numbers as int16
 _CHECK_LENGTH = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -202,7 +201,7 @@ def _check_lines(root: Path, table: str, rank: int, path: Path, lines: list[Line
         if isinstance(line, AttemptLine):
             if line.attempt <= attempt or (line.parent is not None and not 0 <= line.parent < line.attempt):
                 wrong = f"attempt {line.attempt} continuing {line.parent} comes after attempt {attempt}"
-            elif line.attempt >= _ATTEMPTS or line.head != _after(head, line):
+            elif line.attempt >= ATTEMPTS or line.head != _after(head, line):
                 wrong = f"attempt {line.attempt} does not follow from the line before it"
             attempt = line.attempt
         elif isinstance(line, SegmentLine):

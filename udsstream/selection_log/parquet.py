@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from udsstream.errors import LogCorruptError
 from udsstream.plain_files import new_file
 from udsstream.selection_log import layout
-from udsstream.selection_log.digest import attempt_link, batch_link, genesis
+from udsstream.selection_log.digest import ATTEMPTS, attempt_link, batch_link, genesis
 from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.files import make_dirs, read_small, sync_dir, write_errors
 from udsstream.selection_log.manifest import canonical_json
@@ -126,7 +126,7 @@ def _with_superseded(table: pa.Table, attempt: int, current: dict[int, Lineage],
 def _attempt(recorded: Any) -> tuple[int, int, int | None]:
     """(attempt, from_step, parent) of the file's metadata; ValueError for what `attempt_link` cannot take."""
     attempt, from_step, parent = recorded
-    for value, limit in ((attempt, 1 << 15), (from_step, 1 << 62), (0 if parent is None else parent, 1 << 15)):
+    for value, limit in ((attempt, ATTEMPTS), (from_step, 1 << 62), (0 if parent is None else parent, ATTEMPTS)):
         if type(value) is not int or not -1 <= value < limit:
             raise ValueError(f"{recorded!r} is no attempt")
     return attempt, from_step, parent

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from udsstream.errors import LogCorruptError, LogError
 from udsstream.selection_log import layout
-from udsstream.selection_log.digest import attempt_link, batch_link, rank_head
+from udsstream.selection_log.digest import ATTEMPTS, attempt_link, batch_link, rank_head
 from udsstream.selection_log.encoding import TableCodec
 from udsstream.selection_log.files import replace_file, sync_dir
 from udsstream.selection_log.manifest import AttemptLine, SegmentLine, append_line, encode_line
@@ -159,8 +159,8 @@ def begin_attempt(
     root: Path, table: str, rank: int, *, head: bytes, attempt: int, from_step: int, parent: int | None
 ) -> bytes:
     """Write the attempt's line; the chain after it. OSError passes through."""
-    if not 0 <= attempt < 1 << 15:
-        raise LogError(f"attempt {attempt} of {root}: at most {1 << 15} attempts fit a log; start a new one")
+    if not 0 <= attempt < ATTEMPTS:
+        raise LogError(f"attempt {attempt} of {root}: at most {ATTEMPTS} attempts fit a log; start a new one")
     link = attempt_link(head, attempt, from_step, parent)
     line = AttemptLine(attempt=attempt, from_step=from_step, parent=parent, writer=WRITER, head=link.hex())
     append_line(root, table, rank, line)

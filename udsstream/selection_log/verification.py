@@ -20,7 +20,7 @@ import pyarrow as pa
 from udsstream.errors import LogCorruptError, LogError
 from udsstream.selection_log import layout
 from udsstream.selection_log.checkpoints import Heads, buffer_codec, heads_files, read_buffer, read_heads
-from udsstream.selection_log.digest import batch_link, genesis, rank_head
+from udsstream.selection_log.digest import ATTEMPTS, batch_link, genesis, rank_head
 from udsstream.selection_log.encoding import TableCodec, schema_message
 from udsstream.selection_log.manifest import AttemptLine, SegmentLine
 from udsstream.selection_log.recovery import WRITER, step_starts
@@ -107,7 +107,7 @@ class Chain:
         self.head = bytes.fromhex(line.head)
 
     def finish(self) -> None:
-        self._note((1 << 15, 0))
+        self._note((ATTEMPTS, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
