@@ -18,6 +18,7 @@ from udsstream import SelectionLog, pipeline
 from udsstream.errors import ConfigError, ReplayError, ResumeError, ShardError
 from udsstream.replay import replay
 from udsstream.run_config import load_run_config
+from udsstream.run_folder import read_durations, record_duration
 from udsstream.scoring import methods
 
 
@@ -40,6 +41,11 @@ def plain(printed: str) -> str:
 def copied(run: Path, folder: Path) -> Path:
     """The run, to be tampered with."""
     return Path(shutil.copytree(run, folder / "copy"))
+
+
+def configured(source: Path, **changes: object) -> None:
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    (source / "config.yaml").write_text(yaml.safe_dump(settings | changes))
 
 
 def test_the_whole_run(run, tmp_path, monkeypatch, capsys):
@@ -232,7 +238,7 @@ def test_code_that_comes_with_a_model_needs_ones_own_word(run, tmp_path):
 
 
 class Payload:
-    """Touches a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -243,14 +249,11 @@ class Payload:
 
 def test_code_in_what_the_run_began_with_is_not_run(run, tmp_path):
     source, mark = copied(run, tmp_path), tmp_path / "code was run"
-    settings = yaml.safe_load((source / "config.yaml").read_text())
-    settings["load_path"] = str(source / "weights.pt")
-    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    configured(source, load_path=str(source / "weights.pt"))
     torch.save({"state": {"model": {}}, "more": Payload(mark)}, source / "weights.pt")
     with pytest.raises(ResumeError, match=r"weights\.pt is not read: it names (posix|nt)\.mkdir, which could run code"):
         replay(source, out=tmp_path / "x")
-    settings["load_path"] = "s3://elsewhere/weights.pt"
-    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    configured(source, load_path="s3://elsewhere/weights.pt")
     with pytest.raises(ReplayError, match=r"give load_path=s3://elsewhere/weights\.pt again"):
         replay(source, out=tmp_path / "y")
     assert not mark.exists()
@@ -262,9 +265,7 @@ def test_code_in_what_the_run_began_with_is_not_run(run, tmp_path):
 def test_a_name_that_composer_reads_otherwise_is_refused(run, tmp_path, name):
     """What is looked at first must be what is loaded: Composer parses names as URIs and formats, and unpacks archives."""
     source, mark = copied(run, tmp_path), tmp_path / "code was run"
-    settings = yaml.safe_load((source / "config.yaml").read_text())
-    settings["load_path"] = str(source / name)
-    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    configured(source, load_path=str(source / name))
     shutil.copy(run / "checkpoints" / "latest-rank0.pt", source / name)
     for other in ("weights.pt", "weights0.pt"):
         torch.save({"state": {"model": {}}, "more": Payload(mark)}, source / other)
@@ -352,11 +353,24 @@ def test_a_run_that_was_trained_further(model, data, tmp_path, scheduler, first,
 
 def test_a_run_that_was_trained_further_before_this_was_recorded(run, tmp_path):
     source = copied(run, tmp_path)
-    settings = yaml.safe_load((source / "config.yaml").read_text())
-    (source / "config.yaml").write_text(yaml.safe_dump(settings | {"max_duration": "4ba"}))
+    configured(source, max_duration="4ba")
     with pytest.raises(ReplayError, match=r"max_duration=4ba ends before step 5, .* longer one: max_duration=6ba"):
         replay(source, out=tmp_path / "x")
     assert replay(source, out=tmp_path / "y", overrides=["max_duration=6ba"]).weights.identical
+
+
+def test_a_duration_is_noted_once_however_often_the_run_is_resumed(run, tmp_path):
+    source = copied(run, tmp_path)  # of 6ba
+    for step, duration, noted in (
+        (2, "6ba", []),
+        (4, "8ba", [(4, "8ba")]),
+        (6, "8ba", [(4, "8ba")]),
+        (7, "9ba", [(4, "8ba"), (7, "9ba")]),
+        (5, "8ba", [(4, "8ba")]),
+        (0, "6ba", []),
+    ):
+        record_duration(source, step, duration)
+        assert read_durations(source) == [(0, "6ba"), *noted]
 
 
 @pytest.mark.parametrize(
@@ -369,11 +383,8 @@ def test_durations_that_were_damaged(run, tmp_path, content):
         replay(source, out=tmp_path / "x")
 
 
-@pytest.mark.parametrize(("stop", "compared"), [(6, 6), (5, 4)])
-def test_an_interrupted_replay_is_compared_though_it_had_passed_the_checkpoint(
-    run, tmp_path, monkeypatch, stop, compared
-):
-    """Killed after its last step, before its result was written."""
+def killed_before_its_result(monkeypatch, *arguments: object, **given: object) -> None:
+    """A replay that is killed after its last step."""
     from udsstream import replay as job
 
     write = job.write_atomically
@@ -383,32 +394,27 @@ def test_an_interrupted_replay_is_compared_though_it_had_passed_the_checkpoint(
             raise KeyboardInterrupt
         write(path, text)
 
-    given = {"out": tmp_path / "again", "steps": (None, stop), "overrides": ["save_interval=1ba"]}
     with monkeypatch.context() as patch:
         patch.setattr(job, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
-            replay(run, **given)
+            replay(*arguments, **given)
+
+
+@pytest.mark.parametrize(("stop", "compared"), [(6, 6), (5, 4)])
+def test_an_interrupted_replay_is_compared_though_it_had_passed_the_checkpoint(
+    run, tmp_path, monkeypatch, stop, compared
+):
+    given = {"out": tmp_path / "again", "steps": (None, stop), "overrides": ["save_interval=1ba"]}
+    killed_before_its_result(monkeypatch, run, **given)
     result = replay(run, **given)
     assert (result.weights.step, result.weights.identical) == (compared, True)
 
 
 def test_what_differed_is_known_after_an_interruption_at_the_end(run, tmp_path, monkeypatch):
-    from udsstream import replay as job
-
-    write = job.write_atomically
-
-    def killed(path, text):
-        if '"finished": true' in text:
-            raise KeyboardInterrupt
-        write(path, text)
-
     source = copied(run, tmp_path)
     described = json.loads((source / "run.json").read_text())
     monkeypatch.setattr("udsstream.mosaicml.replay.library_versions", lambda: described["versions"] | {"torch": "0.1"})
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "write_atomically", killed)
-        with pytest.raises(KeyboardInterrupt):
-            replay(source)
+    killed_before_its_result(monkeypatch, source)
     (line,) = replay(source).differences
     assert line.endswith("is '0.1'")
 

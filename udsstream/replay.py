@@ -32,7 +32,14 @@ from udsstream.mosaicml.ranks import on_rank_zero
 from udsstream.mosaicml.replay import ReplaySelection
 from udsstream.pipeline import build_trainer, close, eval_loss, join_ranks
 from udsstream.run_config import RunConfig, StreamConfig, config_changes, load_run_config
-from udsstream.run_folder import CONFIG, claim_folder, read_durations, unfinished_folder, write_atomically
+from udsstream.run_folder import (
+    CONFIG,
+    claim_folder,
+    read_durations,
+    refuse_model_code,
+    unfinished_folder,
+    write_atomically,
+)
 from udsstream.selection_log.files import read_small
 from udsstream.selection_log.reader import SelectionLog
 
@@ -150,7 +157,7 @@ def replay(
         },
     )
     durations = read_durations(run)
-    if any(line.startswith("max_duration=") for line in overrides):
+    if _given(overrides, "max_duration"):
         if config.scheduler.name != "constant" and durations != [(0, config.max_duration)]:
             was = ", ".join(f"{duration} from step {step} on" for step, duration in durations)
             changes.append(f"max_duration, by which the learning rate decays: was {was}, is {config.max_duration}")
@@ -167,14 +174,12 @@ def replay(
     }
     on_rank_zero(lambda: _claim(out, config, request))
     on_rank_zero(lambda: _check_what_composer_loads(run, out, config, checkpoint, overrides))
-    watch = _Watch(algorithm, durations)
+    stop, kept = algorithm.decisions.stop, checkpoints_in(run / "checkpoints")
+    target = max((step for step in kept if algorithm.decisions.first < step <= stop), default=None)
+    watch = _Watch(algorithm, durations, None if target is None else (target, kept[target]))
     trainer = build_trainer(config, replay=algorithm, checkpoint=checkpoint, callbacks=[watch])
     try:
-        stop = algorithm.decisions.stop
-        kept = checkpoints_in(run / "checkpoints")
-        target = max((step for step in kept if request["first"] < step <= stop), default=None)
-        watch.target = None if target is None else (target, kept[target])
-        if trainer.state.timestamp.batch.value + algorithm.offset < algorithm.decisions.stop:
+        if trainer.state.timestamp.batch.value + algorithm.offset < stop:
             trainer.fit()
         elif config.eval is not None:
             trainer.eval()
@@ -204,6 +209,10 @@ def replay(
     return result
 
 
+def _given(overrides: Sequence[str], key: str) -> bool:
+    return any(line.startswith(f"{key}=") for line in overrides)
+
+
 def _is_finished(folder: Path) -> bool:
     return (folder / _REPLAY).exists() and bool(_read_request(folder / _REPLAY).get("finished"))
 
@@ -224,11 +233,8 @@ def _replayed_config(
     config = load_run_config(run / CONFIG, [f"save_folder={out}", "autoresume=true", *overrides])
     if Path(config.save_folder) != out:
         raise ConfigError(f"save_folder: is {out} for a replay (--out chooses it), not {config.save_folder}")
-    if config.model.trust_remote_code and not any(line.startswith("model.trust_remote_code=") for line in overrides):
-        raise ReplayError(
-            f"{run / CONFIG} asks to run code that comes with the model {config.model.name} (model.trust_remote_code). A run's folder may "
-            "come from somebody else: if you know whose code it is, give model.trust_remote_code=true again"
-        )
+    if not _given(overrides, "model.trust_remote_code"):
+        refuse_model_code(run, config, ReplayError, again="model.trust_remote_code=true again")
     if not streams:
         return config
     recorded = {stream["name"]: stream["location"] for stream in log.run.get("streams", [])}
@@ -277,7 +283,7 @@ def _check_what_composer_loads(
     if checkpoint is not None:  # `ReplaySelection` has read it
         _check_name(str(checkpoint))
         return
-    if config.load_path is None or any(line.startswith("load_path=") for line in overrides):
+    if config.load_path is None or _given(overrides, "load_path"):
         return
     if not Path(config.load_path).is_file():
         raise ReplayError(
@@ -301,10 +307,12 @@ def _check_name(path: str) -> None:
 class _Watch(Callback):
     """Times the steps, and compares the weights when they should be those of the original's checkpoint."""
 
-    def __init__(self, algorithm: ReplaySelection, durations: Sequence[tuple[int, str]]) -> None:
+    def __init__(
+        self, algorithm: ReplaySelection, durations: Sequence[tuple[int, str]], target: tuple[int, Path] | None
+    ) -> None:
         self._algorithm = algorithm
         self._durations = durations
-        self.target: tuple[int, Path] | None = None
+        self.target = target
         """The step whose weights are compared, and the run's checkpoint of it."""
         self._began = 0.0
         self.seconds: list[float] = []

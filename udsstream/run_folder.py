@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from udsstream.errors import LogExistsError, ResumeError
+from udsstream.errors import LogExistsError, ResumeError, UdsstreamError
 from udsstream.evals import EVALS
 from udsstream.plain_files import new_file, pieces
 from udsstream.run_config import RunConfig, config_changes, load_run_config
@@ -32,6 +32,7 @@ __all__ = [
     "is_finished",
     "read_durations",
     "record_duration",
+    "refuse_model_code",
     "unfinished_folder",
     "write_atomically",
 ]
@@ -101,11 +102,22 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+def refuse_model_code(run: Path, config: RunConfig, error: type[UdsstreamError], *, again: str) -> None:
+    """Raises `error` when a run's configuration asks to run code that comes with its model; `again`: what allows it."""
+    if config.model.trust_remote_code:
+        raise error(
+            f"{run / CONFIG} asks to run code that comes with the model {config.model.name} (model.trust_remote_code). A run's folder may "
+            f"come from somebody else: if you know whose code it is, give {again}"
+        )
+
+
 def record_duration(folder: Path, step: int, duration: str) -> None:
     """Notes that a run goes on from `step` with this max_duration, by which a decaying learning rate goes."""
-    known = read_durations(folder)
-    if known[-1] != (0, duration):
-        durations = [entry for entry in known[1:] if entry[0] < step] + [(step, duration)]
+    first, *later = read_durations(folder)
+    durations = [entry for entry in later if entry[0] < step]
+    if duration != (durations or [first])[-1][1]:
+        durations.append((step, duration))
+    if durations != later:
         write_atomically(folder / _DURATIONS, json.dumps(durations) + "\n")
 
 

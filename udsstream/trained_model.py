@@ -21,7 +21,7 @@ from udsstream.mosaicml.checkpoint import checkpoints_in, model_weights, read_ch
 from udsstream.mosaicml.weights import check_frozen, weights_sha256
 from udsstream.pipeline import build_model
 from udsstream.run_config import ModelDtype, RunConfig, load_run_config
-from udsstream.run_folder import CONFIG
+from udsstream.run_folder import CONFIG, refuse_model_code
 
 __all__ = ["ORIGIN", "ExportedModel", "export_model", "load_trained_model"]
 
@@ -86,11 +86,8 @@ def export_model(
             "trained is saved there, by its `save_pretrained`"
         )
     config = load_run_config(run / CONFIG)
-    if config.model.trust_remote_code and not trust_remote_code:
-        raise ConfigError(
-            f"{run / CONFIG} asks to run code that comes with the model {config.model.name} (model.trust_remote_code). A run's folder may "
-            "come from somebody else: if you know whose code it is, give --trust-remote-code"
-        )
+    if not trust_remote_code:
+        refuse_model_code(run, config, ConfigError, again="--trust-remote-code")
     if adapter and config.model.lora is None:
         raise ConfigError(f"{run} trained the whole model (model.lora is not set): it has no adapter to write alone")
     path, at = _checkpoint(run, step)
