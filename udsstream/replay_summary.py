@@ -10,6 +10,7 @@ from rich.table import Table
 
 from udsstream.replay import ReplayResult
 from udsstream.selection_log.timings import read_timings
+from udsstream.untrusted_text import clean_line, in_markup
 
 __all__ = ["print_replay"]
 
@@ -17,7 +18,7 @@ __all__ = ["print_replay"]
 def print_replay(result: ReplayResult, console: Console | None = None) -> None:
     """Prints steps, verdict, what differed, and what a step took beside the original's."""
     console = console or Console()
-    table = Table(title=f"Replay of {result.run}", title_justify="left", show_header=False)
+    table = Table(title=f"Replay of {in_markup(result.run)}", title_justify="left", show_header=False)
     table.add_row("steps", f"{result.first} to {result.stop - 1}")
     table.add_row("weights", _weights(result))
     if result.verification is not None:
@@ -27,12 +28,12 @@ def print_replay(result: ReplayResult, console: Console | None = None) -> None:
         table.add_row("seconds per step, median", _seconds(result, result.step_seconds))
     if result.eval_loss_after is not None:
         table.add_row("held-out loss after", f"{result.eval_loss_after:.4f} nats per token")
-    table.add_row("folder", result.save_folder)
+    table.add_row("folder", in_markup(result.save_folder))
     console.print(table)
     if result.differences:
         console.print("Other than in the run, so that equal weights were not to be expected:", highlight=False)
         for line in result.differences:
-            console.print(f"  {line}", highlight=False, markup=False)
+            console.print(f"  {clean_line(line)}", highlight=False, markup=False)
 
 
 def _weights(result: ReplayResult) -> str:

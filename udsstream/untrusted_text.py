@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-__all__ = ["Shortened", "clean", "clean_line", "escape", "shorten"]
+__all__ = ["Shortened", "clean", "clean_line", "escape", "in_markup", "shorten"]
 
 # Control characters but line break and tab, marks that reverse the direction of what follows, halves of surrogate pairs
 # (which UTF-8 cannot hold) and the two code points that XML forbids.
@@ -20,6 +20,13 @@ def clean(text: str) -> str:
 def clean_line(text: str) -> str:
     """The same on one line: nobody's name begins a line that looks like one of ours."""
     return clean(text).replace("\n", "\\u000a")
+
+
+def in_markup(text: object) -> str:
+    """A name on one line, for rich: its brackets are brackets, and no markup."""
+    from rich.markup import escape
+
+    return escape(clean_line(str(text)))
 
 
 def escape(value: object) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from udsstream.cli.options import is_rank_zero, stream_places
-from udsstream.untrusted_text import clean_line
+from udsstream.untrusted_text import in_markup
 
 __all__ = ["curate"]
 
@@ -218,15 +218,13 @@ def _scoring_progress(*, show: bool) -> Any:
 
 def _print(result: Any) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    where = escape(clean_line(str(result.out)))
-    table = Table(title=f"Written to {where}", title_justify="left", show_header=False)
+    table = Table(title=f"Written to {in_markup(result.out)}", title_justify="left", show_header=False)
     table.add_row("samples", f"{result.samples:,}" + (f" of {result.offered:,} offered" if result.offered else ""))
     for name, count in list(result.per_stream.items())[:8] if len(result.per_stream) > 1 else ():
-        table.add_row(f"  from {escape(clean_line(name))}", f"{count:,}")
+        table.add_row(f"  from {in_markup(name)}", f"{count:,}")
     if len(result.per_stream) > 8:
         table.add_row("  from others", f"{len(result.per_stream) - 8:,} more streams")
     table.add_row("shards", f"{result.shards:,} ({result.format}, compression {result.compression})")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from udsstream.cli.options import is_rank_zero, stream_places
-from udsstream.untrusted_text import clean_line
 
 __all__ = ["replay"]
 
@@ -62,7 +60,7 @@ def replay(
     elif as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
-        print_replay(replace(result, differences=[clean_line(line) for line in result.differences]))
+        print_replay(result)
     if result.verdict in ("diverged", "different"):
         sys.exit(1)
 

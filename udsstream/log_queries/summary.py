@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from udsstream.log_queries.queries import stream_name, trains
 from udsstream.log_queries.tables import share
 from udsstream.selection_log.reader import SelectionLog
-from udsstream.untrusted_text import clean_line
+from udsstream.untrusted_text import clean_line, in_markup
 
 __all__ = ["RunSummary", "print_summary", "summarize"]
 
@@ -97,7 +96,7 @@ def print_summary(
     summary = summarize(log, until=until)
     limited = "" if until is None else f" before step {until}"
     where = clean_line(str(run))
-    table = Table(title=escape(f"What was chosen in {where}{limited}"), title_justify="left", show_header=False)
+    table = Table(title=f"What was chosen in {in_markup(run)}{limited}", title_justify="left", show_header=False)
     table.add_row("steps", f"{summary.steps:,}")
     table.add_row("candidates looked at", f"{summary.candidates:,}")
     kept = f"{summary.kept:,} ({share(summary.kept, summary.candidates)})"

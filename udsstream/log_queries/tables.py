@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
-from rich import markup
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +23,7 @@ from udsstream.log_queries.queries import (
 )
 from udsstream.log_queries.texts import SampleText
 from udsstream.selection_log.reader import SelectionLog
-from udsstream.untrusted_text import clean, clean_line, shorten
+from udsstream.untrusted_text import clean, clean_line, in_markup, shorten
 
 __all__ = [
     "ROWS",
@@ -69,7 +68,7 @@ def print_step(log: SelectionLog, step: int, *, as_json: bool = False, console: 
         shown.add_row(
             str(row["position"]),
             str(row["sample_id"]),
-            "" if row["stream"] is None else _cell(stream_name(log.run, row["stream"])),
+            "" if row["stream"] is None else in_markup(stream_name(log.run, row["stream"])),
             str(row["tokens"]),
             *(number(row[name]) for name in names),
             "" if row["train_order"] is None else f"no. {row['train_order'] + 1}",
@@ -163,7 +162,7 @@ def print_streams(shares: Sequence[StreamChoice], *, console: Console | None = N
     shown = _table("stream", "offered", "chosen", "share", "of all chosen", "tokens offered", "chosen", "mean score")
     for item in shares:
         shown.add_row(
-            _cell(item.name),
+            in_markup(item.name),
             f"{item.offered:,}",
             f"{item.chosen:,}",
             _percent(item.share_chosen),
@@ -183,7 +182,7 @@ def print_counts(counts: Sequence[SampleCount], title: str, *, console: Console 
     for item in counts:
         shown.add_row(
             str(item.sample_id),
-            _cell(item.stream or ""),
+            in_markup(item.stream or ""),
             f"{item.offered:,}",
             f"{item.chosen:,}",
             number(item.mean_score),
@@ -317,10 +316,6 @@ def _table(*headings: str, left: Sequence[str] = ()) -> Table:
         words = heading in left
         table.add_column(heading, justify="left" if words or heading == "stream" else "right", no_wrap=not words)
     return table
-
-
-def _cell(text: str) -> str:
-    return markup.escape(clean_line(text))
 
 
 def _say(console: Console, text: str) -> None:
