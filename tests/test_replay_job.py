@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
+from composer.core import Callback
 from jobs import udsstream, write_rows
 
 from udsstream import SelectionLog, pipeline
@@ -120,21 +121,28 @@ def test_the_next_free_folder_beside_the_run(run, tmp_path):
         replay(source, out=source)
 
 
-def test_an_interrupted_replay_goes_on(run, tmp_path, monkeypatch):
+class KilledAfter5Steps(Callback):
+    def batch_end(self, state, logger):
+        if state.timestamp.batch.value == 5:
+            raise KeyboardInterrupt
+
+
+def killed_after_5_steps(monkeypatch, *arguments: object, **given: object) -> None:
     from udsstream import replay as job
 
     build = job.build_trainer
 
-    def stopped_after_5(*args, **kwargs):
-        trainer = build(*args, **kwargs)
-        fit = trainer.fit
-        trainer.fit = lambda: (fit(duration="5ba"), exec("raise KeyboardInterrupt"))
-        return trainer
+    def killed(*args, callbacks, **kwargs):
+        return build(*args, callbacks=[*callbacks, KilledAfter5Steps()], **kwargs)
 
-    monkeypatch.setattr(job, "build_trainer", stopped_after_5)
-    with pytest.raises(KeyboardInterrupt):
-        replay(run, out=tmp_path / "again", overrides=["scheduler.name=constant"])
-    monkeypatch.setattr(job, "build_trainer", build)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "build_trainer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replay(*arguments, **given)
+
+
+def test_an_interrupted_replay_goes_on(run, tmp_path, monkeypatch):
+    killed_after_5_steps(monkeypatch, run, out=tmp_path / "again", overrides=["scheduler.name=constant"])
     with pytest.raises(ReplayError, match=r"an interrupted replay of something else:\n  stop: was 6, is 4"):
         replay(run, out=tmp_path / "again", steps=(0, 4), overrides=["scheduler.name=constant"])
     with pytest.raises(ResumeError, match=r"scheduler.name: was 'constant', is 'linear'"):
@@ -417,6 +425,16 @@ def test_what_differed_is_known_after_an_interruption_at_the_end(run, tmp_path, 
     killed_before_its_result(monkeypatch, source)
     (line,) = replay(source).differences
     assert line.endswith("is '0.1'")
+
+
+def test_what_differed_at_the_start_is_known_after_an_interruption(run, tmp_path, monkeypatch):
+    """With which weights it began is not seen any more."""
+    monkeypatch.setattr(
+        "udsstream.mosaicml.replay.weights_differences",
+        lambda recorded, model, *, at_start: ["trained weights: others"] if at_start else [],
+    )
+    killed_after_5_steps(monkeypatch, run, out=tmp_path / "again")
+    assert replay(run, out=tmp_path / "again").differences == ["trained weights: others"]
 
 
 @pytest.mark.parametrize("steps", [(None, 10**11), (0, 7), (-(10**11), None), (6, None)])

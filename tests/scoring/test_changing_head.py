@@ -205,24 +205,31 @@ def test_a_quantised_head_is_refused_by_name_with_the_remedy(name, dtype):
         read_head(quantised)
 
 
-@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_is_read_by_its_factors_and_left_alone(dora, dtype):
-    """A plain one adds no V×D matrix; and whichever it is, its parameters stay where they are."""
+def test_an_adapter_is_read_by_its_factors_and_left_alone(dtype):
+    """It adds no V×D matrix, and its parameters stay where they are."""
     v, d = 4000, 96
-    layer = LoraLinear(torch.nn.Linear(d, v, bias=False), "default", r=4, lora_alpha=8, use_dora=dora).to(dtype)
+    layer = LoraLinear(torch.nn.Linear(d, v, bias=False), "default", r=4, lora_alpha=8).to(dtype)
     with torch.no_grad():
         layer.lora_B["default"].weight.normal_()
     places = [parameter.data_ptr() for parameter in layer.parameters()]
 
     with LargestTensor() as seen, torch.no_grad():
         head = read_head(layer)
-    if not dora:
-        assert [parameter.data_ptr() for parameter in layer.parameters()] == places
-        assert seen.bytes < v * d * dtype.itemsize / 10
-        scale, a, b = layer.scaling["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        expected = layer.base_layer.weight.double() + scale * b.double() @ a.double()
-        assert oracles.relative_error(head.weight_rows(slice(None)).detach().numpy(), expected.detach().numpy()) < 1e-6
+    assert [parameter.data_ptr() for parameter in layer.parameters()] == places
+    assert seen.bytes < v * d * dtype.itemsize / 10
+    scale, a, b = layer.scaling["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = layer.base_layer.weight.double() + scale * b.double() @ a.double()
+    assert oracles.relative_error(head.weight_rows(slice(None)).detach().numpy(), expected.detach().numpy()) < 1e-6
     hidden = normal(20, d)
     found = CandidateScorer(draw(v)).score_hidden([hidden], head).intra[0]
     assert oracles.relative_error(found, oracles.nuclear_norm(head.logits(hidden).detach().double().numpy())) < CEILING
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_is_refused(dtype):
+    """It scales the rows of the sum too, which its product alone does not tell."""
+    linear = torch.nn.Linear(96, 400, bias=False)
+    layer = LoraLinear(linear, "default", r=4, lora_alpha=8, use_dora=True).to(dtype)
+    with pytest.raises(ModelError, match=r"adapted by 'default', a Linear \(peft.*more than add a low-rank product"):
+        read_head(layer)

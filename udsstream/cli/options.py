@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 import typer
@@ -15,7 +16,7 @@ __all__ = ["complaint", "is_rank_zero", "stream_places"]
 
 def complaint(error: UdsstreamError) -> str:
     """An error as it is printed: it may quote what others wrote, so none of its further lines begins where one of ours does."""
-    return clean(f"udsstream: {type(error).__name__}: {error}").replace("\n", "\n  ")
+    return re.sub(r"\n(?! )", "\n  ", clean(f"udsstream: {type(error).__name__}: {error}"))
 
 
 def stream_places(given: Sequence[str] | None) -> dict[str, str]:
